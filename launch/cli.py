@@ -1,0 +1,161 @@
+"""The `msn` command. Heavy libraries are imported by the command that needs them.
+
+Exit codes: 0 fine, 1 a failure inside (with a traceback), 2 bad input (one message), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+import msn_dist
+from msn_dist.errors import InputError
+from msn_dist.launch.processes import choose_nproc, claim_failure, is_worker, launch
+
+CHECKOUT = Path(msn_dist.__file__).resolve().parent.parent
+
+app = typer.Typer(
+    help="Train ranking models with a very large, row-sharded product-key memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # main() below reports
+)
+prepare = typer.Typer(help="Write a data set as the Parquet folders that configs read.", no_args_is_help=True)
+app.add_typer(prepare, name="prepare")
+
+Target = Annotated[Path, typer.Argument(help="Folder to write; left alone if it is up to date.")]
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit; the one place where InputError becomes a message."""
+    if is_worker():
+        # Python would wait for the current collective to end before it reacts to Ctrl-C.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        app(arguments, prog_name="msn")
+    except SystemExit as stop:
+        if stop.code == 130:
+            _explain("interrupted")
+        raise
+    except InputError as error:
+        _fail(2, str(error))
+    except Exception:
+        _fail(1, traceback.format_exc())
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"msn_dist {importlib.metadata.version('msn_dist')}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, see configs/.")],
+    overrides: Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="For example training.epochs=2.")] = (),
+    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default: one per GPU, or 1.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default: a new one in the config's output.")] = None,
+) -> None:
+    """Train a model and keep everything about the run in its run directory.
+
+    On several nodes, start it by torchrun: torchrun --nnodes 2 ... -m msn_dist.launch train CONFIG
+    """
+    from msn_dist.config import load_config
+    from msn_dist.training.run_directory import new_run_path
+
+    run = load_config(config, overrides)
+    if not is_worker():
+        out = out or new_run_path(run)
+        processes = choose_nproc(nproc, run.training.device)
+        if processes > 1:
+            command = ["-m", "msn_dist.launch", "train", str(config), *overrides, "--out", str(out)]
+            raise typer.Exit(launch(command, processes))
+    elif nproc is not None:
+        raise InputError(f"--nproc {nproc}: torchrun has started {os.environ['WORLD_SIZE']} processes; leave it out")
+    # Ranks that do not share a parent cannot agree on a free name, so theirs is fixed.
+    out = out or Path(run.output, run.name)
+
+    from msn_dist.training import run as training
+
+    training.train(run, out)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+) -> None:
+    """Print the metrics of a trained model, in as many processes as started this."""
+    from msn_dist.training import run as training
+
+    training.evaluate(run, split)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Write RUN/report.html again."""
+    from msn_dist.training.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, whether they match, what this machine can run, and how to repair what is wrong."""
+    from msn_dist.launch.doctor import examine
+
+    raise typer.Exit(examine())
+
+
+@prepare.command()
+def kuairand(
+    target: Target = Path(".cache/kuairand"),
+    source: Annotated[Path, typer.Option(help="Folder with the raw files.")] = CHECKOUT / "data" / "kuairand",
+) -> None:
+    """KuaiRand impressions, which come with this repository, with causal features."""
+    from msn_dist.data import kuairand
+
+    kuairand.prepare(source, target)
+    typer.echo(f"{target} is ready")
+
+
+@prepare.command()
+def synthetic(
+    target: Target = Path(".cache/synthetic"),
+    rows: Annotated[int, typer.Option(help="Training rows; valid and test get a tenth each.")] = 500_000,
+    users: Annotated[int, typer.Option(help="Number of users.")] = 20_000,
+    items: Annotated[int, typer.Option(help="Number of items.")] = 10_000,
+    seed: int = 0,
+) -> None:
+    """Invented impressions with Zipf ids and a structure that only a personalised memory can fit."""
+    from msn_dist.data import synthetic
+
+    synthetic.prepare(target, rows=rows, users=users, items=items, seed=seed)
+    typer.echo(f"{target} is ready")
+
+
+def _fail(code: int, explanation: str) -> NoReturn:
+    first = claim_failure(code)
+    if first is None:
+        _explain(explanation)
+    distributed = sys.modules.get("torch.distributed")
+    if is_worker() or (distributed and distributed.is_initialized()):
+        # A process group and a model that are still alive would turn a normal exit into an abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if first is None else first)
+    sys.exit(code)
+
+
+def _explain(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(message.rstrip(), style="red"))

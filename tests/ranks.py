@@ -1,0 +1,71 @@
+"""Run a test function on several gloo ranks of this machine."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """Call ``function(rank, world_size, *args)`` on `world_size` processes; return what each rank returned.
+
+    `function` must be at the top level of a module. In every process a gloo default group is up and
+    torch has one thread; UserWarnings are errors. The first failure is raised here with its traceback,
+    as AssertionError; so is a rank that is not done after `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processes = mp.spawn(_rank, (function, world_size, args, folder, timeout), nprocs=world_size, join=False)
+        deadline = time.monotonic() + timeout
+        try:
+            while not processes.join(timeout=1):
+                if time.monotonic() > deadline:
+                    raise AssertionError(f"{function.__name__} on {world_size} ranks is not done after {timeout} s")
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            # The rank that failed first, not one that only lost its peer.
+            failures = sorted(folder.glob("*.error"), key=lambda file: file.stat().st_mtime_ns)
+            raise AssertionError(failures[0].read_text() if failures else str(error)) from None
+        finally:
+            for process in processes.processes:
+                process.kill()
+        return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(world_size)]
+
+
+def _rank(rank: int, function: Callable[..., Any], world_size: int, args: tuple, folder: Path, timeout: float) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            torch.save(function(rank, world_size, *args), folder / f"{rank}.result")
+    except BaseException:
+        (folder / f"{rank}.error").write_text(f"rank {rank} of {world_size} failed\n{traceback.format_exc()}")
+        raise
+    # In this order: a model that outlives its group aborts the process at exit.
+    dist.barrier()
+    gc.collect()
+    dist.destroy_process_group()
