@@ -1,0 +1,325 @@
+"""The configuration of a run: strict YAML <-> frozen objects.
+
+Every key is known, every type is checked and every combination that cannot work is refused here,
+before a process is launched or a tensor is built.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from msn_dist.errors import InputError
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Part(BaseModel):
+    """Base of every configuration object: unknown keys and loose types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class DataConfig(Part):
+    """Where the rows come from and how they are batched."""
+
+    path: str = Field(description="folder with schema.yaml and train/, valid/, test/ (see `msn prepare`)")
+    batch_size: PositiveInt = Field(4096, description="rows in a step over all ranks")
+    shuffle_buffer: PositiveInt = Field(65_536, description="rows shuffled together on each rank")
+    workers: NonNegativeInt = Field(0, description="reader processes per rank; 0 reads in the training process")
+
+
+class MemoryConfig(Part):
+    """Product-key memory of one layer (DESIGN section 1); n = sub_keys ** 2 slots."""
+
+    sub_keys: int = Field(256, ge=2, description="N, sub-keys per axis")
+    top_k: int = Field(32, ge=1, description="k, slots read by one query")
+    heads: PositiveInt = 1
+    key_dim: PositiveInt = Field(32, description="d_k, width of one half of a key")
+    value_dim: PositiveInt | None = Field(None, description="D_v; null: the model width, without a projection")
+    theta: Literal["none", "key", "mix"] = Field("key", description="over-parameterization of the keys")
+    layer_norm: bool = Field(True, description="LayerNorm on queries and keys before the similarity")
+    tau: PositiveFloat | None = Field(None, description="scale of the similarity; null: key_dim ** -0.5")
+    gate: Literal["tanh", "one_plus_tanh", "sigmoid", "linear", "concat"] = "tanh"
+    value_init_std: NonNegativeFloat | None = Field(None, description="null: value_dim ** -0.5")
+    share: Literal["all", "group", "token"] = Field("all", description="which tokens read the same slots")
+    groups: PositiveInt | None = Field(None, description="number of token groups, with share: group")
+    strategy: Literal["row_pooled"] = Field("row_pooled", description="how values travel between ranks")
+    lookup: Literal["auto", "fbgemm", "reference"] = Field("auto", description="back end of the local lookup")
+
+    @model_validator(mode="after")
+    def _possible(self) -> MemoryConfig:
+        if self.top_k > self.sub_keys:
+            raise ValueError(
+                f"top_k={self.top_k} is larger than sub_keys={self.sub_keys}: "
+                "a query reads at most sub_keys entries of an axis; lower top_k or raise sub_keys"
+            )
+        if self.value_dim is not None and self.value_dim % 4:
+            raise ValueError(f"value_dim={self.value_dim} is not a multiple of 4, as the lookup needs")
+        if (self.groups is not None) != (self.share == "group"):
+            raise ValueError("groups and share: group belong together; set both or neither")
+        return self
+
+
+class RankMixerConfig(Part):
+    """RankMixer backbone: tokens are mixed, then each goes through one of five blocks."""
+
+    backbone: Literal["rankmixer"] = "rankmixer"
+    block: Literal["ffn", "gated_ffn", "smoe", "msn_ffn", "msn_smoe"] = "msn_ffn"
+    tokens: PositiveInt = Field(8, description="T")
+    width: PositiveInt = Field(64, description="D, must be a multiple of tokens")
+    layers: PositiveInt = 2
+    ffn_ratio: PositiveFloat = Field(2.0, description="hidden width of an FFN over D")
+    experts: PositiveInt = Field(6, description="experts of an SMoE block")
+    active_experts: PositiveInt = Field(2, description="experts that a token visits")
+    balance_weight: NonNegativeFloat = Field(0.01, description="weight of the experts' balance loss")
+    memory_layers: list[NonNegativeInt] | None = Field(
+        None, description="layers of an msn block that carry memory; null: every second one, the last included"
+    )
+    embedding_dim: PositiveInt = 16
+    attention: bool = Field(False, description="target attention over the histories, beside their mean")
+    dropout: Fraction = 0.0
+
+    @property
+    def carries_memory(self) -> bool:
+        return self.block.startswith("msn_")
+
+    @property
+    def layers_with_memory(self) -> list[int]:
+        if not self.carries_memory:
+            return []
+        if self.memory_layers is not None:
+            return self.memory_layers
+        return [layer for layer in range(self.layers) if (self.layers - 1 - layer) % 2 == 0]
+
+    @model_validator(mode="after")
+    def _possible(self) -> RankMixerConfig:
+        if self.width % self.tokens:
+            raise ValueError(
+                f"width={self.width} is not a multiple of tokens={self.tokens}: "
+                "token mixing splits each token into as many heads as there are tokens"
+            )
+        if self.active_experts > self.experts:
+            raise ValueError(f"active_experts={self.active_experts} is larger than experts={self.experts}")
+        if self.memory_layers is not None and not self.carries_memory:
+            raise ValueError(f"memory_layers is set, but block: {self.block} carries no memory; use msn_ffn or msn_smoe")
+        if self.carries_memory and not self.layers_with_memory:
+            raise ValueError(f"memory_layers is empty, but block: {self.block} needs at least one; use ffn or smoe")
+        for layer in self.layers_with_memory:
+            if layer >= self.layers:
+                raise ValueError(f"memory_layers holds {layer}, but the layers are 0 to {self.layers - 1}")
+        if len(set(self.layers_with_memory)) < len(self.layers_with_memory):
+            raise ValueError(f"memory_layers={self.memory_layers} names a layer twice")
+        return self
+
+
+class DLRMConfig(Part):
+    """DLRM-MLP baseline: concatenated features through an MLP; carries a memory if one is configured."""
+
+    backbone: Literal["dlrm"]
+    hidden: list[PositiveInt] = [400, 400, 400]
+    tokens: PositiveInt = Field(8, description="T, tokens that read the memory, if there is one")
+    width: PositiveInt = Field(64, description="D, width of those tokens")
+    embedding_dim: PositiveInt = 16
+    attention: bool = False
+    dropout: Fraction = 0.0
+
+
+class DCNv2Config(Part):
+    """DCNv2 baseline: cross layers beside an MLP; carries a memory if one is configured."""
+
+    backbone: Literal["dcnv2"]
+    cross_layers: PositiveInt = 3
+    cross_rank: PositiveInt | None = Field(None, description="rank of the cross matrices; null: full")
+    hidden: list[PositiveInt] = [400, 400, 400]
+    tokens: PositiveInt = Field(8, description="T, tokens that read the memory, if there is one")
+    width: PositiveInt = Field(64, description="D, width of those tokens")
+    embedding_dim: PositiveInt = 16
+    attention: bool = False
+    dropout: Fraction = 0.0
+
+
+_BACKBONES = {"rankmixer": RankMixerConfig, "dlrm": DLRMConfig, "dcnv2": DCNv2Config}
+ModelConfig = Annotated[Union[tuple(_BACKBONES.values())], Field(discriminator="backbone")]
+
+
+class DenseOptimizerConfig(Part):
+    """AdamW on queries, keys and the rest of the network."""
+
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat | None = Field(10.0, description="bound on the norm of all dense gradients")
+
+
+class IdOptimizerConfig(Part):
+    """Row-wise Adagrad, fused into the backward of the id tables."""
+
+    lr: PositiveFloat = 0.02
+    penalty: NonNegativeFloat = Field(0.0, description="L2 in the loss, on the embeddings that a row reads")
+    init_std: NonNegativeFloat = 1e-4
+
+
+class ValueOptimizerConfig(Part):
+    """Row-wise Adagrad, fused into the backward of the memory values."""
+
+    multiplier: PositiveFloat = Field(10.0, description="learning rate over that of the dense parameters")
+    final_multiplier: PositiveFloat | None = Field(None, description="reached linearly at the last step; null: no decay")
+
+
+class OptimizerConfig(Part):
+    dense: DenseOptimizerConfig = DenseOptimizerConfig()
+    ids: IdOptimizerConfig = IdOptimizerConfig()
+    values: ValueOptimizerConfig = ValueOptimizerConfig()
+    warmup_steps: NonNegativeInt = Field(100, description="linear, from 0.1 % of every learning rate")
+    schedule: Literal["constant", "linear"] = Field("linear", description="after warm-up; linear falls to 0")
+
+
+class TrainingConfig(Part):
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = Field(None, description="stop here, even inside an epoch")
+    eval_every: PositiveInt | None = Field(None, description="steps between evaluations; null: after each epoch")
+    log_every: PositiveInt = 20
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the dense compute; values stay fp32")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_seconds: PositiveInt = Field(300, description="a collective that waits longer ends the run")
+
+
+class RunConfig(Part):
+    """One run, resolved: what `msn train` takes and what the run directory keeps."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: NonNegativeInt = 0
+    output: str = Field("runs", description="parent of the run directory")
+    data: DataConfig
+    model: ModelConfig = RankMixerConfig()
+    memory: MemoryConfig | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        model, memory = self.model, self.memory
+        if isinstance(model, RankMixerConfig):
+            if model.carries_memory and memory is None:
+                raise ValueError(f"block: {model.block} needs a memory section; add `memory: {{}}` for the defaults")
+            if memory is not None and not model.carries_memory:
+                raise ValueError(f"memory is set, but block: {model.block} carries none; use msn_ffn or msn_smoe")
+        if memory is not None:
+            if memory.value_dim is None and model.width % 4:
+                raise ValueError(f"model.width={model.width} is not a multiple of 4, as values of that width need")
+            if memory.groups is not None and model.tokens % memory.groups:
+                raise ValueError(f"memory.groups={memory.groups} does not divide model.tokens={model.tokens}")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``dotted.key=value`` overrides (values are YAML) and check it all.
+
+    Raises InputError with the file, the path of each bad key and the nearest valid name.
+    """
+    path = Path(path)
+    tree = read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse(RunConfig, tree, str(path))
+
+
+def dump_config(config: Part) -> str:
+    """YAML text that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; InputError if there is no such file or no mapping in it."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this file ({error.strerror})") from None
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}")
+    return tree
+
+
+def parse(kind: type[Part], tree: dict[str, Any], place: str) -> Any:
+    """Validate `tree` as `kind`; InputError lists every problem with its key path."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_explain(kind, error, place)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but 1e-3 is a number, as every reader expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, place: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(f"{place}:{where} is not valid YAML ({getattr(error, 'problem', error)})") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"{override!r}: an override is written key=value, for example training.epochs=2")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise InputError(f"{override!r}: {parent} holds a value, not a section")
+    tree[last] = _parse_yaml(text, override)
+
+
+def _explain(kind: type[Part], error: ValidationError, place: str) -> str:
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(part))
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(problem["loc"][-1]), _siblings(kind, problem["loc"]), n=1, cutoff=0.5)
+            message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+        elif problem["type"] == "missing":
+            message = "is required"
+        elif problem["type"].startswith("union_tag"):
+            path, message = f"{path}.backbone", "must be one of " + ", ".join(sorted(_BACKBONES))
+        elif problem["type"] != "value_error":
+            message = f"{message[0].lower()}{message[1:]}, found {problem['input']!r}"
+        lines.append(f"{place}: {path}: {message}" if path else f"{place}: {message}")
+    return "\n".join(lines)
+
+
+def _is_union_tag(part: Any) -> bool:
+    return part in _BACKBONES
+
+
+def _siblings(kind: Any, loc: tuple) -> list[str]:
+    """Valid names beside the last part of `loc`, walking the model classes down from `kind`."""
+    for part in loc[:-1]:
+        if _is_union_tag(part):
+            kind = _BACKBONES[part]
+            continue
+        field = getattr(kind, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        options = [k for k in (field.annotation, *get_args(field.annotation)) if hasattr(k, "model_fields")]
+        kind = options[0] if options else None
+    return list(getattr(kind, "model_fields", {}))
