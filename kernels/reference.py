@@ -1,0 +1,64 @@
+"""The truth: naive PyTorch for every operator, in any floating dtype, on any device.
+
+Every faster implementation is compared with these functions, in tests and before it is timed.
+
+Shape suffixes: M queries, N sub-keys per axis, K slots read by one query, R rows of a value table,
+D width of a value, G bags, H hits (all bags' entries one after the other).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def product_key_topk_naive(row_scores_MN: Tensor, col_scores_MN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Top-k over all N * N slots, none left out.
+
+    Returns scores_MK (descending) and slots_MK (int64, slot = row * N + col).
+    """
+    scores_MNN = row_scores_MN[:, :, None] + col_scores_MN[:, None, :]
+    return scores_MNN.flatten(1).topk(k, dim=1)
+
+
+def product_key_topk(row_scores_MN: Tensor, col_scores_MN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same result from the k best of each axis, with the pairs that can win only.
+
+    With both lists sorted, (1-based) pair (i, j) is beaten by the i * j - 1 pairs above and to its
+    left, so it can be in the top k only if i * j <= k: 119 of 1,024 pairs at k = 32.
+    """
+    row_best_MK, row_index_MK = row_scores_MN.topk(k, dim=1)
+    col_best_MK, col_index_MK = col_scores_MN.topk(k, dim=1)
+    i_C, j_C = pair_candidates(k, row_scores_MN.device)
+    candidates_MC = row_best_MK.index_select(1, i_C) + col_best_MK.index_select(1, j_C)
+    scores_MK, winners_MK = candidates_MC.topk(k, dim=1)
+    row_MK = row_index_MK.gather(1, i_C[winners_MK])
+    col_MK = col_index_MK.gather(1, j_C[winners_MK])
+    return scores_MK, row_MK * row_scores_MN.shape[1] + col_MK
+
+
+def pair_candidates(k: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """0-based indices i_C, j_C (int64) of the pairs with (i + 1) * (j + 1) <= k."""
+    one_to_k = torch.arange(1, k + 1, device=device)
+    return torch.nonzero(one_to_k[:, None] * one_to_k <= k, as_tuple=True)
+
+
+def weighted_bags(values_RD: Tensor, rows_H: Tensor, offsets_G1: Tensor, weights_H: Tensor) -> Tensor:
+    """Weighted sum of the rows in each bag: bag g holds hits offsets[g] to offsets[g + 1] - 1.
+
+    Returns pooled_GD in the dtype of `values_RD`; an empty bag gives zeros.  Differentiable to
+    values and weights.
+    """
+    bags = len(offsets_G1) - 1
+    bag_of_H = torch.repeat_interleave(torch.arange(bags, device=rows_H.device), offsets_G1.diff())
+    hits_HD = values_RD[rows_H] * weights_H[:, None].to(values_RD.dtype)
+    return values_RD.new_zeros(bags, values_RD.shape[1]).index_add(0, bag_of_H, hits_HD)
+
+
+def rowwise_adagrad_(values_RD: Tensor, moment_R: Tensor, gradient_RD: Tensor, lr: float, eps: float) -> None:
+    """One step of row-wise Adagrad, in place: m += mean_d(g^2); v -= lr * g / (sqrt(m) + eps).
+
+    As FBGEMM's EXACT_ROWWISE_ADAGRAD; a row without a gradient stays as it is.
+    """
+    moment_R += gradient_RD.square().mean(dim=1)
+    values_RD -= lr * gradient_RD / (moment_R.sqrt() + eps)[:, None]

@@ -1,0 +1,52 @@
+"""The memory of one layer: product keys choose slots, their values gate the token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from msn_dist.config import MemoryConfig
+from msn_dist.memory.gate import Gate
+from msn_dist.memory.product_keys import ProductKeys
+from msn_dist.memory.values import MemoryValues
+
+
+class Memory(nn.Module):
+    """x~ = gate(x, sum over heads and hits of w_j V[r_j]) for every token of every sample.
+
+    Shape suffixes: B samples, T tokens, D width, H heads, K hits of a head, L = H * K.
+
+    Args:
+        tokens: T, number of tokens of a sample.
+        width: D, width of a token.
+        seed: of the value table; two memories of one model get different ones.
+        device: of the value table; "meta" if it is to be sharded.
+    """
+
+    def __init__(
+        self, config: MemoryConfig, tokens: int, width: int, *, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        value_dim = config.value_dim or width
+        groups = {"all": 1, "group": config.groups or 1, "token": tokens}[config.share]
+        if tokens % groups:
+            raise ValueError(f"groups={groups} does not divide tokens={tokens}")
+        self.keys = ProductKeys(config, width)
+        self.values = MemoryValues(
+            config.sub_keys**2 * groups,
+            value_dim,
+            init_std=config.value_init_std if config.value_init_std is not None else value_dim**-0.5,
+            seed=seed,
+            lookup=config.lookup,
+            device=device,
+        )
+        self.gate = Gate(config.gate, width, value_dim)
+        # one table for all groups: slot id + group * n
+        first_slot_T = torch.arange(tokens) // (tokens // groups) * config.sub_keys**2
+        self.register_buffer("first_slot_T", first_slot_T, persistent=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        slots_BTHK, weights_BTHK = self.keys(x_BTD)
+        slots_BTHK = slots_BTHK + self.first_slot_T[:, None, None]
+        pooled_MV = self.values(slots_BTHK.flatten(2).flatten(0, 1), weights_BTHK.flatten(2).flatten(0, 1))
+        return self.gate(x_BTD, pooled_MV.unflatten(0, x_BTD.shape[:2]))
