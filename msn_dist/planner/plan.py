@@ -1,0 +1,89 @@
+"""Which rank holds what: memory tables by rows, id tables whole or by rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from torch import nn
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
+from torchrec.distributed.types import ModuleSharder, ShardingPlan
+
+from msn_dist.memory import MemoryValues
+
+_ROW_WISE_FROM = 2**20  # an id table of so many rows, and of more than a rank's fair share, is cut by rows
+
+
+@dataclass(frozen=True)
+class TableShards:
+    """Where one table lies."""
+
+    module: str
+    table: str
+    kind: str  # "memory" or "ids"
+    rows: int
+    dim: int
+    sharding: str  # "row_wise" or "table_wise"
+    rows_per_rank: list[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layout of every table of a model over `world_size` ranks."""
+
+    world_size: int
+    tables: list[TableShards]
+    sharding: ShardingPlan  # the same, as DistributedModelParallel takes it
+
+    def as_json(self) -> dict:
+        return {"world_size": self.world_size, "tables": [asdict(table) for table in self.tables]}
+
+    def __str__(self) -> str:
+        """An 80-column table."""
+        lines = [f"{'table':34}{'rows':>12}{'dim':>6}  {'sharding':11}rows per rank"]
+        for t in self.tables:
+            name = f"{t.module}.{t.table}"
+            held = t.rows_per_rank
+            spread = str(held[0]) if len(set(held)) == 1 else f"{min(held)} to {max(held)}"
+            if t.sharding == "table_wise":
+                spread = f"all on rank {held.index(t.rows)}"
+            lines.append(f"{name[-33:]:34}{t.rows:>12,}{t.dim:>6}  {t.sharding:11}{spread}")
+        return "\n".join(lines)
+
+
+def make_plan(
+    model: nn.Module, sharders: Sequence[ModuleSharder], world_size: int, local_size: int, device_type: str
+) -> Plan:
+    """Memory values by rows; id tables whole, the largest first onto the emptiest rank.
+
+    Very large id tables are cut by rows instead.  `model` may be on the meta device.
+    """
+    sharder_of = {sharder.module_type: sharder for sharder in sharders}
+    tables: list[TableShards] = []
+    sharding = ShardingPlan(plan={})
+    load = [0] * world_size
+    for path, module in model.named_modules():
+        sharder = sharder_of.get(type(module))
+        if sharder is None:
+            continue
+        kind = "memory" if isinstance(module, MemoryValues) else "ids"
+        parameters = sharder.shardable_parameters(module)
+        fair_share = sum(weight.numel() for weight in parameters.values()) / world_size
+        choice = {}
+        for table, weight in sorted(parameters.items(), key=lambda item: (-item[1].numel(), item[0])):
+            rows, dim = weight.shape
+            if kind == "memory" or (rows >= _ROW_WISE_FROM and rows * dim > fair_share):
+                block = -(-rows // world_size)
+                held = [max(0, min(block, rows - rank * block)) for rank in range(world_size)]
+                choice[table] = row_wise(compute_kernel="fused")
+            else:
+                owner = load.index(min(load))
+                held = [rows if rank == owner else 0 for rank in range(world_size)]
+                choice[table] = table_wise(rank=owner, compute_kernel="fused")
+                load[owner] += rows * dim
+            scheme = "row_wise" if kind == "memory" or min(held) else "table_wise"
+            tables.append(TableShards(path, table, kind, rows, dim, scheme, held))
+        sharding.plan[path] = construct_module_sharding_plan(
+            module, {table: choice[table] for table in parameters}, sharder, local_size, world_size, device_type
+        )
+    return Plan(world_size, tables, sharding)
