@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -110,7 +110,7 @@ class RankMixerConfig(Part):
         if self.active_experts > self.experts:
             raise ValueError(f"active_experts={self.active_experts} is larger than experts={self.experts}")
         if self.memory_layers is not None and not self.carries_memory:
-            raise ValueError(f"memory_layers is set, but block: {self.block} carries no memory; use msn_ffn or msn_smoe")
+            raise ValueError(f"memory_layers is set, but block: {self.block} has no memory; use msn_ffn or msn_smoe")
         if self.carries_memory and not self.layers_with_memory:
             raise ValueError(f"memory_layers is empty, but block: {self.block} needs at least one; use ffn or smoe")
         for layer in self.layers_with_memory:
@@ -148,7 +148,7 @@ class DCNv2Config(Part):
 
 
 _BACKBONES = {"rankmixer": RankMixerConfig, "dlrm": DLRMConfig, "dcnv2": DCNv2Config}
-ModelConfig = Annotated[Union[tuple(_BACKBONES.values())], Field(discriminator="backbone")]
+ModelConfig = Annotated[RankMixerConfig | DLRMConfig | DCNv2Config, Field(discriminator="backbone")]
 
 
 class DenseOptimizerConfig(Part):
@@ -171,7 +171,7 @@ class ValueOptimizerConfig(Part):
     """Row-wise Adagrad, fused into the backward of the memory values."""
 
     multiplier: PositiveFloat = Field(10.0, description="learning rate over that of the dense parameters")
-    final_multiplier: PositiveFloat | None = Field(None, description="reached linearly at the last step; null: no decay")
+    final_multiplier: PositiveFloat | None = Field(None, description="linear to this at the last step; null: no decay")
 
 
 class OptimizerConfig(Part):

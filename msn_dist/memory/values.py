@@ -22,7 +22,14 @@ class MemoryValues(nn.Module):
     """
 
     def __init__(
-        self, slots: int, dim: int, *, init_std: float, seed: int, lookup: str = "auto", device: torch.device | str = "cpu"
+        self,
+        slots: int,
+        dim: int,
+        *,
+        init_std: float,
+        seed: int,
+        lookup: str = "auto",
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.slots, self.dim, self.init_std, self.seed, self.lookup = slots, dim, init_std, seed, lookup

@@ -15,9 +15,9 @@ from msn_dist.sharding.sharded_values import ShardedMemoryValues
 class MemoryValuesSharder(ModuleSharder[MemoryValues]):
     """Pass it to DistributedModelParallel beside TorchRec's own sharders."""
 
-    def __init__(self, optimizer: ValueOptimizer = ValueOptimizer()) -> None:
+    def __init__(self, optimizer: ValueOptimizer | None = None) -> None:
         super().__init__()
-        self._optimizer = optimizer
+        self._optimizer = optimizer or ValueOptimizer()
 
     def shard(
         self,

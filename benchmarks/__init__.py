@@ -1,0 +1,1 @@
+"""Measurements; each checks its results before it times or reports them."""

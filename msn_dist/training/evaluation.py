@@ -1,0 +1,56 @@
+"""A model over the rows of one split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from msn_dist.config import DataConfig
+from msn_dist.data.handshake import in_step
+from msn_dist.data.parquet import ParquetReader
+from msn_dist.data.schema import Schema
+from msn_dist.errors import InputError
+from msn_dist.training.metrics import RankingMetrics
+from msn_dist.training.ranks import Ranks
+
+
+def open_split(split: str, data: DataConfig, schema: Schema, ranks: Ranks, seed: int = 0) -> ParquetReader:
+    """This rank's reader of a split, shuffled if it is "train"; InputError on all ranks if it fails on one."""
+    share, rest = divmod(data.batch_size, ranks.world)
+    if share == 0:
+        raise InputError(f"data.batch_size={data.batch_size} is less than one row for each of {ranks.world} ranks")
+    return ranks.together(
+        lambda: ParquetReader(
+            Path(data.path, split),
+            schema,
+            share + (ranks.rank < rest),
+            rank=ranks.rank,
+            world_size=ranks.world,
+            seed=seed,
+            shuffle=split == "train",
+            shuffle_buffer=data.shuffle_buffer,
+            workers=data.workers,
+        )
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: DistributedModelParallel, data: ParquetReader, schema: Schema, ranks: Ranks, precision: str
+) -> dict[str, dict[str, float]]:
+    """Metrics of every task over all rows of all ranks; a collective call that leaves the model in eval mode."""
+    model.eval()
+    metrics = RankingMetrics(schema.labels, ranks.control)
+    for batch, _ in in_step(data, schema, ranks.control):
+        batch = batch.to(ranks.device, non_blocking=True)
+        with autocast(ranks.device, precision):
+            output = model(batch)
+        metrics.update(output.logits_BK, batch.labels_BK, batch.groups_B)
+    return metrics.compute()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Dense compute in bf16 where `precision` says so."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -1,0 +1,73 @@
+"""Three learning rates on one schedule: dense parameters (AdamW), id tables and memory values (fused)."""
+
+from __future__ import annotations
+
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.fused import FusedOptimizerModule
+from torchrec.optim.keyed import KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from msn_dist.config import OptimizerConfig
+from msn_dist.sharding import ShardedMemoryValues
+
+
+class Optimizers:
+    """Steps the dense parameters, and tells the fused optimizers their rate before each step."""
+
+    def __init__(self, model: DistributedModelParallel, config: OptimizerConfig, total_steps: int) -> None:
+        self._config, self._total_steps = config, total_steps
+        self._dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+        self.dense = KeyedOptimizerWrapper(self._dense_parameters, self._adamw)
+        fused = [module for module in model.module.modules() if isinstance(module, FusedOptimizerModule)]
+        self._values = [module.fused_optimizer for module in fused if isinstance(module, ShardedMemoryValues)]
+        self._ids = [module.fused_optimizer for module in fused if not isinstance(module, ShardedMemoryValues)]
+
+    def _adamw(self, parameters: list[torch.Tensor]) -> torch.optim.AdamW:
+        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+        others = [parameter for parameter in parameters if parameter.ndim <= 1]  # biases and norms do not decay
+        groups = [
+            {"params": matrices, "weight_decay": self._config.dense.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([group for group in groups if group["params"]], lr=self._config.dense.lr)
+
+    def set_rates(self, step: int) -> float:
+        """Set all rates for step `step` (from 0) before its forward; returns the dense one."""
+        dense, ids, values = self.rates(step)
+        for optimizers, rate in (([self.dense], dense), (self._ids, ids), (self._values, values)):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+        for optimizer in (*self._ids, *self._values):
+            optimizer.step()  # hands the rate to the kernel; the update itself runs in the backward
+        return dense
+
+    def rates(self, step: int) -> tuple[float, float, float]:
+        """Learning rates (dense, ids, values) of step `step`.
+
+        Warm-up is linear from 0.1 %; the values' multiplier moves linearly from `multiplier` at the first
+        step to `final_multiplier` at the last.
+        """
+        config = self._config
+        progress = min(1.0, step / max(1, self._total_steps))
+        factor = 1.0
+        if step < config.warmup_steps:
+            factor = 0.001 + 0.999 * step / config.warmup_steps
+        elif config.schedule == "linear":
+            remaining = self._total_steps - config.warmup_steps
+            factor = max(0.0, (self._total_steps - step) / max(1, remaining))
+        first = config.values.multiplier
+        last = first if config.values.final_multiplier is None else config.values.final_multiplier
+        multiplier = first + (last - first) * progress
+        dense = factor * config.dense.lr
+        return dense, factor * config.ids.lr, dense * multiplier
+
+    def step(self) -> None:
+        """Clip the dense gradients, which are the same on every rank, and step."""
+        if self._config.dense.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._dense_parameters.values(), self._config.dense.clip_norm)
+        self.dense.step()
+
+    def zero_grad(self) -> None:
+        self.dense.zero_grad(set_to_none=True)

@@ -1,0 +1,23 @@
+"""Silence for library messages that tell a user nothing, and for those only."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Drop known noise of torch, torchrec and fbgemm. Call before torchrec is imported.
+
+    UserWarnings stay: "autograd kernel was not registered", which means a lost gradient, is one of them.
+    """
+    # Deprecated names that torchrec calls in torch.distributed, and DDP's broadcast_buffers.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torchrec\..*|torch\.distributed\..*")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # "is_fx_tracing will return true"
+    # "will NOT be pipelined": memory slots are born in the forward, so it is so on purpose.
+    logging.getLogger("torchrec.distributed.train_pipeline.utils").setLevel(logging.ERROR)
+    logging.getLogger().addFilter(_is_no_noise)  # fbgemm logs this one through the root logger itself
+
+
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    return "_fbgemm_torch_compat_table has no entry" not in record.getMessage()

@@ -1,0 +1,99 @@
+"""This process among its peers: process groups, device, start and end."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torchrec.distributed.comm_ops import set_use_sync_collectives
+from torchrec.distributed.types import ShardingEnv
+
+from msn_dist.config import TrainingConfig
+from msn_dist.errors import InputError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What a rank must know of the world."""
+
+    rank: int
+    world: int
+    local_world: int  # ranks on this node
+    device: torch.device
+    group: dist.ProcessGroup  # tensors on `device`
+    control: dist.ProcessGroup  # small tensors and objects on the CPU, beside the model's traffic
+
+    def sharding_env(self) -> ShardingEnv:
+        """State dicts hold DTensors, which torch.distributed.checkpoint reshards to any world size."""
+        return ShardingEnv(self.world, self.rank, self.group, output_dtensor=True)
+
+    def together(self, build: Callable[[], Result]) -> Result:
+        """build() on every rank; an InputError on one rank is raised on all of them."""
+        error = result = None
+        try:
+            result = build()
+        except InputError as caught:
+            error = caught
+        messages: list[str | None] = [None] * self.world
+        dist.all_gather_object(messages, str(error) if error else None, group=self.control)
+        if any(messages):
+            raise error or InputError(next(message for message in messages if message))
+        return result
+
+
+@contextmanager
+def joined_ranks(training: TrainingConfig) -> Iterator[Ranks]:
+    """Join the process group that torchrun's environment names (or one of a single process); leave it at the end."""
+    device = choose_device(training)
+    environment = {name: int(os.environ.get(name, default)) for name, default in _ALONE.items()}
+    rank, world = environment["RANK"], environment["WORLD_SIZE"]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=None if "WORLD_SIZE" in os.environ else dist.HashStore(),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=training.timeout_seconds),
+    )
+    group = dist.group.WORLD
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=training.timeout_seconds))
+    # TorchRec's asynchronous row-wise backward needs an uneven all-gather, which gloo has not.
+    set_use_sync_collectives(device.type == "cpu")
+    clean = False
+    try:
+        yield Ranks(rank, world, environment["LOCAL_WORLD_SIZE"], device, group, control)
+        clean = True
+    except InputError:  # raised on every rank
+        clean = True
+        raise
+    finally:
+        if clean:
+            # in this order: a model that outlives its group aborts the process at exit
+            dist.barrier(group=control)
+            gc.collect()
+            dist.destroy_process_group()
+
+
+def choose_device(training: TrainingConfig) -> torch.device:
+    """The device of this rank; InputError for what the machine cannot do."""
+    cuda = torch.cuda.is_available()
+    if training.device == "cuda" and not cuda:
+        raise InputError("training.device=cuda: torch sees no GPU here (`msn doctor` says why); use cpu or auto")
+    if training.device == "cpu" or not cuda:
+        if training.precision != "fp32":
+            raise InputError(f"training.precision={training.precision} needs a GPU; use fp32 on a CPU")
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+_ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}

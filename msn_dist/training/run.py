@@ -1,0 +1,65 @@
+"""A whole run, from a config to a run directory, on every rank that torchrun started (or on one)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msn_dist.config import RunConfig
+from msn_dist.training.quiet import quiet_libraries
+from msn_dist.training.run_directory import RunDirectory
+
+quiet_libraries()  # before torchrec is imported below
+
+from msn_dist.data.schema import load_schema  # noqa: E402
+from msn_dist.training.checkpoint import load_model  # noqa: E402
+from msn_dist.training.console import Console  # noqa: E402
+from msn_dist.training.evaluation import evaluate as evaluate_model  # noqa: E402
+from msn_dist.training.evaluation import open_split  # noqa: E402
+from msn_dist.training.ranks import joined_ranks  # noqa: E402
+from msn_dist.training.report import write_report  # noqa: E402
+from msn_dist.training.sharded_model import build_sharded_model  # noqa: E402
+from msn_dist.training.summary import memory_usage, summarise  # noqa: E402
+from msn_dist.training.trainer import Trainer  # noqa: E402
+
+
+def train(config: RunConfig, run_path: Path) -> None:
+    """Train, test the best state, and leave a run directory with a report.
+
+    Raises InputError, on every rank, for bad data, settings that do not fit the world size, or a
+    run directory that is in use.
+    """
+    with joined_ranks(config.training) as ranks:
+        schema = ranks.together(lambda: load_schema(config.data.path))
+        run = RunDirectory(run_path)
+        ranks.together(lambda: RunDirectory.create(config, run_path) if ranks.rank == 0 else None)
+        trainer = Trainer(config, schema, run, ranks)
+        test_data = open_split("test", config.data, schema, ranks)
+        if ranks.rank == 0:
+            run.write_plan(trainer.plan.as_json(), str(trainer.plan))
+        with Console(ranks.rank, trainer.total_steps, trainer.steps_per_epoch) as console:
+            trainer.fit(console)
+            test = trainer.evaluate("test", test_data, console)
+        summary = summarise(trainer, test)
+        if ranks.rank == 0:
+            if trainer.health:
+                run.write_memory_usage(memory_usage(trainer.health))
+            run.write_summary(summary)
+            write_report(run.path)
+        console.finish(summary, run)
+        del trainer
+
+
+def evaluate(run_path: Path, split: str = "test") -> dict[str, dict[str, float]]:
+    """Metrics of a run's best state on a split, printed on rank 0; at any world size."""
+    run = RunDirectory.open(run_path)
+    config = run.config()
+    with joined_ranks(config.training) as ranks:
+        schema = ranks.together(lambda: load_schema(config.data.path))
+        data = open_split(split, config.data, schema, ranks)
+        model, *_ = build_sharded_model(config, schema, ranks)
+        load_model(run.checkpoint, model, ranks)
+        metrics = evaluate_model(model, data, schema, ranks, config.training.precision)
+        step = (run.summary() or {}).get("best_step", 0)
+        Console(ranks.rank, 0, 1).evaluation({"split": split, "step": step, "metrics": metrics})
+        del model
+    return metrics

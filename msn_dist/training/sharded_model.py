@@ -1,0 +1,70 @@
+"""From a config to a model over all ranks: build on meta, plan, shard, fill."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch.distributed.tensor import DTensor
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from msn_dist.config import RunConfig
+from msn_dist.data.schema import Schema
+from msn_dist.memory.placement import Placement, initial_values
+from msn_dist.models.parameters import count_parameters
+from msn_dist.models.ranker import Ranker
+from msn_dist.planner import Plan, make_plan
+from msn_dist.sharding import MemoryValuesSharder, ShardedMemoryValues, ValueOptimizer
+from msn_dist.training.ranks import Ranks
+
+
+def build_sharded_model(
+    config: RunConfig, schema: Schema, ranks: Ranks
+) -> tuple[DistributedModelParallel, Plan, dict[str, int]]:
+    """(model over all ranks, its plan, its parameter counts); the same start at every world size."""
+    ranker = Ranker(schema, config.model, config.memory, seed=config.seed, device=torch.device("meta"))
+    counts = count_parameters(ranker)
+    adagrad = {
+        "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        "learning_rate": config.optimizer.ids.lr,
+        "eps": 1e-8,
+    }
+    sharders = [
+        MemoryValuesSharder(ValueOptimizer(config.optimizer.dense.lr * config.optimizer.values.multiplier)),
+        EmbeddingBagCollectionSharder(fused_params=adagrad),
+        EmbeddingCollectionSharder(fused_params=adagrad, use_index_dedup=False),
+    ]
+    plan = make_plan(ranker, sharders, ranks.world, ranks.local_world, ranks.device.type)
+    model = DistributedModelParallel(
+        ranker, env=ranks.sharding_env(), device=ranks.device, plan=plan.sharding, sharders=sharders
+    )
+    _fill_id_tables(model, config)
+    return model, plan, counts
+
+
+def sharded_memories(model: DistributedModelParallel) -> dict[str, ShardedMemoryValues]:
+    """The sharded value tables, keyed "layer0", "layer1", ..."""
+    return {name: memory.values for name, memory in model.module.memories().items()}
+
+
+@torch.no_grad()
+def _fill_id_tables(model: DistributedModelParallel, config: RunConfig) -> None:
+    """Initial embeddings by (seed, table, row, column), as for memory values: TorchRec's depend on the rank."""
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("features.") or not isinstance(tensor, DTensor):
+            continue
+        table = name.split(".")[-2]
+        local = tensor.to_local()
+        # a rank without this table has no shard of it, but an offset all the same
+        for shard, (first_row, *_) in zip(local.local_shards(), local.local_offsets(), strict=False):
+            initial_values(
+                Placement(tensor.shape[0]),
+                first_row,
+                *shard.shape,
+                std=config.optimizer.ids.init_std,
+                seed=config.seed ^ zlib.crc32(table.encode()),
+                out=shard,
+            )

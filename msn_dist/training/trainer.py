@@ -1,0 +1,155 @@
+"""The training loop: one for every model, device and world size."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msn_dist.config import RunConfig
+from msn_dist.data.batch import Batch
+from msn_dist.data.handshake import in_step
+from msn_dist.data.parquet import ParquetReader
+from msn_dist.data.schema import Schema
+from msn_dist.memory import MemoryHealth
+from msn_dist.models.loss import task_losses
+from msn_dist.training.checkpoint import load_model, save_checkpoint
+from msn_dist.training.console import Console
+from msn_dist.training.evaluation import autocast, evaluate, open_split
+from msn_dist.training.optimizers import Optimizers
+from msn_dist.training.ranks import Ranks
+from msn_dist.training.run_directory import RunDirectory
+from msn_dist.training.sharded_model import build_sharded_model, sharded_memories
+
+
+class Trainer:
+    """Trains, evaluates, and keeps the checkpoint with the best valid AUC of the first task."""
+
+    def __init__(self, config: RunConfig, schema: Schema, run: RunDirectory, ranks: Ranks) -> None:
+        self.config, self.schema, self.run, self.ranks = config, schema, run, ranks
+        self.train_data = open_split("train", config.data, schema, ranks, config.seed)
+        self.valid_data = open_split("valid", config.data, schema, ranks)
+        self.model, self.plan, self.parameters = build_sharded_model(config, schema, ranks)
+        self.memories = sharded_memories(self.model)
+        self.steps_per_epoch = -(-self.train_data.num_rows // config.data.batch_size)
+        self.total_steps = self.steps_per_epoch * config.training.epochs
+        if config.training.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.training.max_steps)
+        self.optimizers = Optimizers(self.model, config.optimizer, self.total_steps)
+        self.step = self.epoch = self.rows = 0
+        self.seconds = 0.0  # spent in training steps, evaluations left out
+        self.health: dict[str, MemoryHealth] = {}
+        self.best: dict[str, Any] | None = None
+
+    def fit(self, console: Console) -> None:
+        """Train to the last step; afterwards the model holds its best state."""
+        self._interval = _Interval()
+        for epoch in range(self.config.training.epochs):
+            self.epoch = epoch
+            self.train_data.set_epoch(epoch)
+            self._train_epoch(console)
+            if self._at_the_end():
+                break
+        load_model(self.run.checkpoint, self.model, self.ranks)
+
+    def _train_epoch(self, console: Console) -> None:
+        settings = self.config.training
+        self.model.train()
+        steps = in_step(self.train_data, self.schema, self.ranks.control)
+        start = time.perf_counter()
+        for batch, rows in steps:
+            self._interval.add(self._train_step(batch, rows), rows)
+            self.step += 1
+            self.rows += rows
+            console.step(self.step)
+            if self.step % settings.log_every == 0 or self._at_the_end():
+                self.seconds += time.perf_counter() - start
+                self._log(console)
+                start = time.perf_counter()
+            if self._at_the_end():
+                break
+            if settings.eval_every and self.step % settings.eval_every == 0:
+                self.seconds += time.perf_counter() - start
+                self._validate(console)
+                self.model.train()
+                start = time.perf_counter()
+        self.seconds += time.perf_counter() - start
+        steps.close()
+        self._validate(console)
+
+    def _train_step(self, batch: Batch, rows: int) -> Tensor:
+        """One step; returns this rank's summed loss.
+
+        The loss is the mean over the global batch: its `rows` rows divide the sums of all ranks, and
+        since DistributedDataParallel averages gradients over ranks, each rank's share is scaled by W.
+        """
+        self.learning_rate = self.optimizers.set_rates(self.step)
+        batch = batch.to(self.ranks.device, non_blocking=True)
+        with autocast(self.ranks.device, self.config.training.precision):
+            output = self.model(batch)
+        sums_K, _ = task_losses(output.logits_BK, batch.labels_BK)
+        extra = output.auxiliary + self.config.optimizer.ids.penalty * output.embedding_norm
+        loss = (sums_K.sum() + extra * len(batch)) * (self.ranks.world / rows)
+        self.optimizers.zero_grad()
+        loss.backward()
+        self.optimizers.step()
+        return sums_K.detach().sum()
+
+    def _at_the_end(self) -> bool:
+        return self.step == self.config.training.max_steps
+
+    def _log(self, console: Console) -> None:
+        """One record; a collective call."""
+        loss = self._interval.loss.double().cpu()
+        dist.all_reduce(loss, group=self.ranks.control)
+        self.health = {name: values.health() for name, values in self.memories.items()}
+        record = {
+            "kind": "train",
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": float(loss) / self._interval.rows,
+            "examples_per_second": self._interval.rows / (self.seconds - self._interval.start),
+            "seconds": self.seconds,
+            "learning_rate": self.learning_rate,
+        }
+        if self.health:
+            record["memory"] = {name: health.summary() for name, health in self.health.items()}
+        self._interval = _Interval(start=self.seconds)
+        if self.ranks.rank == 0:
+            self.run.append(record)
+        console.train(record)
+
+    def _validate(self, console: Console) -> None:
+        """Evaluate on the valid split; keep the state if it is the best so far."""
+        if self.best is not None and self.best["step"] == self.step:
+            return
+        metrics = self.evaluate("valid", self.valid_data, console)
+        auc = metrics[self.schema.labels[0]]["auc"]
+        if self.best is None or auc > self.best["auc"]:
+            self.best = {"auc": auc, "step": self.step, "metrics": metrics}
+            save_checkpoint(self.run.checkpoint, self.model, self.optimizers, self.ranks)
+
+    def evaluate(self, split: str, data: ParquetReader, console: Console) -> dict[str, dict[str, float]]:
+        """Metrics of every task over all rows of a split, written to the run; a collective call."""
+        metrics = evaluate(self.model, data, self.schema, self.ranks, self.config.training.precision)
+        record = {"kind": "eval", "split": split, "step": self.step, "epoch": self.epoch, "metrics": metrics}
+        if self.ranks.rank == 0:
+            self.run.append(record)
+        console.evaluation(record)
+        return metrics
+
+
+class _Interval:
+    """Sums since the last record."""
+
+    def __init__(self, start: float = 0.0) -> None:
+        self.start = start
+        self.loss = torch.zeros(())
+        self.rows = 0
+
+    def add(self, loss: Tensor, rows: int) -> None:
+        self.loss = self.loss.to(loss.device) + loss
+        self.rows += rows
