@@ -163,7 +163,7 @@ class IdOptimizerConfig(Part):
     """Row-wise Adagrad, fused into the backward of the id tables."""
 
     lr: PositiveFloat = 0.02
-    penalty: NonNegativeFloat = Field(0.0, description="L2 in the loss, on the embeddings that a row reads")
+    decay: Fraction = Field(0.0, description="share of every embedding that a step forgets, read or not")
     init_std: NonNegativeFloat = 1e-4
 
 

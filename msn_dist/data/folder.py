@@ -25,7 +25,7 @@ _STAMP = "stamp"
 def fingerprint(modules: list[ModuleType], files: list[Path] = (), **settings: object) -> str:
     """Changes whenever the code that prepares, an input file or a setting changes."""
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
-    for path in [*(Path(module.__file__) for module in modules), *files]:
+    for path in [Path(__file__), *(Path(module.__file__) for module in modules), *files]:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

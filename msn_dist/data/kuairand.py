@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from msn_dist.data import past
 from msn_dist.data.folder import SPLITS, SplitWriter, fingerprint, is_current, new_folder, write_schema
 from msn_dist.data.past import Events, out_of_fold
+from msn_dist.data.row_group import readable
 from msn_dist.data.schema import History, Schema
 from msn_dist.errors import InputError
 
@@ -50,18 +51,23 @@ def prepare(source: str | Path, target: str | Path) -> None:
     stamp = fingerprint([sys.modules[__name__], past], files)
     if is_current(target, stamp):
         return
-    raw = Raw(*(pq.read_table(path) for path in files))
+    raw = Raw(*map(_read, files))
     splits = {split: Features(raw, split) for split in SPLITS}
     scale = Scale(splits["train"].statistics)
     with new_folder(target, stamp) as folder:
         write_schema(folder, _schema(raw, scale))
         for split, features in splits.items():
             with SplitWriter(folder / split) as writer:
-                writer.write(features.columns(scale))
+                rows = features.columns(scale)
+                # The source lies user after user; a reader shuffles within its buffer only.
+                writer.write(rows.take(np.random.default_rng(0).permutation(len(rows))) if split == "train" else rows)
 
 
 class Raw:
-    """The five files as numpy: impressions of each split, encoded user and video fields, the training events."""
+    """The five files as numpy: impressions of each split, encoded user and video fields, the training events.
+
+    Users and videos are numbered 0, 1, ... in the order of their files: an id is a row.
+    """
 
     def __init__(self, train: pa.Table, valid: pa.Table, test: pa.Table, users: pa.Table, videos: pa.Table) -> None:
         self.impressions = {"train": train.sort_by([("user_id", "ascending"), ("seq_pos", "ascending")])}
@@ -176,6 +182,11 @@ def _schema(raw: Raw, scale: Scale) -> Schema:
         labels=[LABEL],
         group="group_user",
     )
+
+
+def _read(path: Path) -> pa.Table:
+    with readable(path):
+        return pq.read_table(path)
 
 
 def _encode(column: pa.ChunkedArray) -> np.ndarray:

@@ -30,9 +30,7 @@ class Events:
         sums = np.concatenate([[0], np.cumsum(self.labels_E)])
         return end_R - begin_R, sums[end_R] - sums[begin_R]
 
-    def recent(
-        self, label: int, begin_R: np.ndarray, end_R: np.ndarray, limit: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def recent(self, label: int, begin_R: np.ndarray, end_R: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """The last `limit` events with this label in each range, newest first: (lengths_R, event indices)."""
         chosen = np.flatnonzero(self.labels_E == label)
         first, last = np.searchsorted(chosen, begin_R), np.searchsorted(chosen, end_R)

@@ -29,9 +29,21 @@ class RowGroup:
         return f"{self.path}, row group {self.index}"
 
 
+@contextmanager
+def readable(place: Path | RowGroup) -> Iterator[None]:
+    """Turns what pyarrow raises about a bad file into an InputError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise InputError(
+            f"{place}: cannot be read as Parquet, truncated or corrupt ({str(error).splitlines()[0]}). "
+            "Copy or prepare the file again"
+        ) from None
+
+
 def open_file(path: Path, schema: Schema) -> pq.FileMetaData:
     """The footer of a file, after checking that it has every column of the schema in a usable type."""
-    with _readable(path):
+    with readable(path):
         footer = pq.read_metadata(path)
     fields = footer.schema.to_arrow_schema()
     for column, (usable, wanted) in _column_types(schema).items():
@@ -51,7 +63,7 @@ def open_file(path: Path, schema: Schema) -> pq.FileMetaData:
 def read_row_group(unit: RowGroup, footer: pq.FileMetaData, schema: Schema) -> Table:
     """Read one row group and check every value; InputError names the file, row group, column, row and value."""
     columns = list(_column_types(schema))
-    with _readable(unit), pq.ParquetFile(unit.path, metadata=footer, page_checksum_verification=True) as file:
+    with readable(unit), pq.ParquetFile(unit.path, metadata=footer, page_checksum_verification=True) as file:
         arrow = file.read_row_group(unit.index, columns=columns, use_threads=False)
     return _Converter(unit, schema, arrow.combine_chunks()).table()
 
@@ -81,17 +93,6 @@ def _column_types(schema: Schema) -> dict:
     # The group may be an id column too, and must then satisfy both: an integer does.
     types[schema.group] = (pa.types.is_integer, "an integer")
     return types
-
-
-@contextmanager
-def _readable(place: Path | RowGroup) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise InputError(
-            f"{place}: cannot be read as Parquet, truncated or corrupt ({str(error).splitlines()[0]}). "
-            "Copy or prepare the file again"
-        ) from None
 
 
 class _Converter:

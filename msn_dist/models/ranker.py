@@ -23,7 +23,6 @@ class Output(NamedTuple):
 
     logits_BK: Tensor  # float32, tasks as schema.labels
     auxiliary: Tensor  # scalar to add to the loss, a mean over this rank's rows; 0 without experts or rows
-    embedding_norm: Tensor  # squared norm of the embeddings a row reads, a mean over this rank's rows
 
 
 class Ranker(nn.Module):
@@ -51,12 +50,8 @@ class Ranker(nn.Module):
             self.heads = nn.Linear(self.backbone.out_width, len(schema.labels))
 
     def forward(self, batch: Batch) -> Output:
-        features_BF = self.features(batch)
-        embeddings_BE = features_BF[:, : self.features.width - len(self.schema.dense)]
-        hidden_BH, auxiliary = self.backbone(features_BF)
-        rows = torch.ones_like(batch.groups_B).sum().clamp(min=1)  # a number that a traced forward does not freeze
-        norm = embeddings_BE.square().sum() / rows
-        return Output(self.heads(hidden_BH).float(), auxiliary, norm)
+        hidden_BH, auxiliary = self.backbone(self.features(batch))
+        return Output(self.heads(hidden_BH).float(), auxiliary)
 
     def memories(self) -> dict[str, Memory]:
         """The Memory of each layer that has one, keyed "layer0", "layer1", ..."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from msn_dist.errors import InputError
 from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import Ranks
 
@@ -28,8 +27,6 @@ def save_checkpoint(path: Path, model: DistributedModelParallel, optimizers: Opt
 
 def load_model(path: Path, model: DistributedModelParallel, ranks: Ranks) -> None:
     """Read the model's parameters, saved at any world size; a collective call."""
-    if not (path / ".metadata").is_file():
-        raise InputError(f"{path}: no checkpoint here; it is written when an evaluation of the run is its best so far")
     state = {"model": model.state_dict()}
     dcp.load(state, checkpoint_id=path, process_group=ranks.control)
     model.load_state_dict(state["model"])

@@ -11,12 +11,24 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from msn_dist.config import OptimizerConfig
 from msn_dist.sharding import ShardedMemoryValues
 
+_FORGET_EVERY = 8  # steps; a pass over whole tables is dear, and this is the same within a fraction of the decay
+
 
 class Optimizers:
-    """Steps the dense parameters, and tells the fused optimizers their rate before each step."""
+    """Steps the dense parameters, and tells the fused optimizers their rate before each step.
 
-    def __init__(self, model: DistributedModelParallel, config: OptimizerConfig, total_steps: int) -> None:
+    `embeddings` are this rank's parts of the id tables.
+    """
+
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        embeddings: list[torch.Tensor],
+        config: OptimizerConfig,
+        total_steps: int,
+    ) -> None:
         self._config, self._total_steps = config, total_steps
+        self._embeddings = embeddings
         self._dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
         self.dense = KeyedOptimizerWrapper(self._dense_parameters, self._adamw)
         fused = [module for module in model.module.modules() if isinstance(module, FusedOptimizerModule)]
@@ -35,6 +47,8 @@ class Optimizers:
     def set_rates(self, step: int) -> float:
         """Set all rates for step `step` (from 0) before its forward; returns the dense one."""
         dense, ids, values = self.rates(step)
+        if self._config.ids.decay and step % _FORGET_EVERY == 0:
+            self._forget(ids / self._config.ids.lr)
         for optimizers, rate in (([self.dense], dense), (self._ids, ids), (self._values, values)):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -62,6 +76,14 @@ class Optimizers:
         multiplier = first + (last - first) * progress
         dense = factor * config.dense.lr
         return dense, factor * config.ids.lr, dense * multiplier
+
+    @torch.no_grad()
+    def _forget(self, factor: float) -> None:
+        """Decoupled weight decay of all embeddings, in proportion to the schedule.
+
+        FBGEMM's own weight decay reaches the rows that a step reads only, and on a CPU not even those.
+        """
+        torch._foreach_mul_(self._embeddings, (1 - self._config.ids.decay * factor) ** _FORGET_EVERY)
 
     def step(self) -> None:
         """Clip the dense gradients, which are the same on every rank, and step."""

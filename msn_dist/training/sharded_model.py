@@ -45,6 +45,19 @@ def build_sharded_model(
     return model, plan, counts
 
 
+def id_table_shards(model: DistributedModelParallel) -> list[tuple[str, int, int, torch.Tensor]]:
+    """(table, its rows on all ranks, first row, embeddings) of every part that lies on this rank."""
+    shards = []
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("features.") or not isinstance(tensor, DTensor):
+            continue
+        local = tensor.to_local()
+        # a rank without this table has no shard of it, but an offset all the same
+        for shard, (first_row, *_) in zip(local.local_shards(), local.local_offsets(), strict=False):
+            shards.append((name.split(".")[-2], tensor.shape[0], first_row, shard))
+    return shards
+
+
 def sharded_memories(model: DistributedModelParallel) -> dict[str, ShardedMemoryValues]:
     """The sharded value tables, keyed "layer0", "layer1", ..."""
     return {name: memory.values for name, memory in model.module.memories().items()}
@@ -53,18 +66,12 @@ def sharded_memories(model: DistributedModelParallel) -> dict[str, ShardedMemory
 @torch.no_grad()
 def _fill_id_tables(model: DistributedModelParallel, config: RunConfig) -> None:
     """Initial embeddings by (seed, table, row, column), as for memory values: TorchRec's depend on the rank."""
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("features.") or not isinstance(tensor, DTensor):
-            continue
-        table = name.split(".")[-2]
-        local = tensor.to_local()
-        # a rank without this table has no shard of it, but an offset all the same
-        for shard, (first_row, *_) in zip(local.local_shards(), local.local_offsets(), strict=False):
-            initial_values(
-                Placement(tensor.shape[0]),
-                first_row,
-                *shard.shape,
-                std=config.optimizer.ids.init_std,
-                seed=config.seed ^ zlib.crc32(table.encode()),
-                out=shard,
-            )
+    for table, rows, first_row, shard in id_table_shards(model):
+        initial_values(
+            Placement(rows),
+            first_row,
+            *shard.shape,
+            std=config.optimizer.ids.init_std,
+            seed=config.seed ^ zlib.crc32(table.encode()),
+            out=shard,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -22,7 +23,7 @@ from msn_dist.training.evaluation import autocast, evaluate, open_split
 from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import Ranks
 from msn_dist.training.run_directory import RunDirectory
-from msn_dist.training.sharded_model import build_sharded_model, sharded_memories
+from msn_dist.training.sharded_model import build_sharded_model, id_table_shards, sharded_memories
 
 
 class Trainer:
@@ -38,7 +39,8 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.training.epochs
         if config.training.max_steps is not None:
             self.total_steps = min(self.total_steps, config.training.max_steps)
-        self.optimizers = Optimizers(self.model, config.optimizer, self.total_steps)
+        embeddings = [shard for *_, shard in id_table_shards(self.model)]
+        self.optimizers = Optimizers(self.model, embeddings, config.optimizer, self.total_steps)
         self.step = self.epoch = self.rows = 0
         self.seconds = 0.0  # spent in training steps, evaluations left out
         self.health: dict[str, MemoryHealth] = {}
@@ -91,8 +93,7 @@ class Trainer:
         with autocast(self.ranks.device, self.config.training.precision):
             output = self.model(batch)
         sums_K, _ = task_losses(output.logits_BK, batch.labels_BK)
-        extra = output.auxiliary + self.config.optimizer.ids.penalty * output.embedding_norm
-        loss = (sums_K.sum() + extra * len(batch)) * (self.ranks.world / rows)
+        loss = (sums_K.sum() + output.auxiliary * len(batch)) * (self.ranks.world / rows)
         self.optimizers.zero_grad()
         loss.backward()
         self.optimizers.step()
@@ -128,14 +129,15 @@ class Trainer:
             return
         metrics = self.evaluate("valid", self.valid_data, console)
         auc = metrics[self.schema.labels[0]]["auc"]
-        if self.best is None or auc > self.best["auc"]:
+        if self.best is None or auc > self.best["auc"] or math.isnan(self.best["auc"]):
             self.best = {"auc": auc, "step": self.step, "metrics": metrics}
             save_checkpoint(self.run.checkpoint, self.model, self.optimizers, self.ranks)
 
     def evaluate(self, split: str, data: ParquetReader, console: Console) -> dict[str, dict[str, float]]:
         """Metrics of every task over all rows of a split, written to the run; a collective call."""
         metrics = evaluate(self.model, data, self.schema, self.ranks, self.config.training.precision)
-        record = {"kind": "eval", "split": split, "step": self.step, "epoch": self.epoch, "metrics": metrics}
+        step = self.step if split == "valid" else self.best["step"]
+        record = {"kind": "eval", "split": split, "step": step, "epoch": self.epoch, "metrics": metrics}
         if self.ranks.rank == 0:
             self.run.append(record)
         console.evaluation(record)
