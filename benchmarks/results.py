@@ -18,7 +18,12 @@ FOLDER = Path(__file__).parent / "results"
 
 def write_rows(name: str, rows: Sequence[dict[str, Any]]) -> Path:
     """Replace results/`name` and print the rows; all rows have the same keys."""
-    conditions = {"device": device(), "threads": torch.get_num_threads(), **versions(), "date": date.today().isoformat()}
+    conditions = {
+        "device": device(),
+        "threads": torch.get_num_threads(),
+        **versions(),
+        "date": date.today().isoformat(),
+    }
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / name
     with open(path, "w", newline="") as file:

@@ -18,16 +18,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, backend: str = "gloo"
+) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` on `world_size` processes; return what each rank returned.
 
-    `function` must be at the top level of a module. In every process a gloo default group is up and
-    torch has one thread; UserWarnings are errors. The first failure is raised here with its traceback,
-    as AssertionError; so is a rank that is not done after `timeout` seconds.
+    `function` must be at the top level of a module. In every process a default group of `backend` is
+    up and torch has one thread; UserWarnings are errors. With nccl all ranks share the first GPU, each
+    as a node of its own. The first failure is raised here with its traceback, as AssertionError; so is
+    a rank that is not done after `timeout` seconds.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        processes = mp.spawn(_rank, (function, world_size, args, folder, timeout), nprocs=world_size, join=False)
+        processes = mp.spawn(
+            _rank, (function, world_size, args, folder, timeout, backend), nprocs=world_size, join=False
+        )
         deadline = time.monotonic() + timeout
         try:
             while not processes.join(timeout=1):
@@ -43,16 +48,24 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 
-def _rank(rank: int, function: Callable[..., Any], world_size: int, args: tuple, folder: Path, timeout: float) -> None:
+def _rank(
+    rank: int,
+    function: Callable[..., Any],
+    world_size: int,
+    args: tuple,
+    folder: Path,
+    timeout: float,
+    backend: str,
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank if backend == "gloo" else 0),
+        "LOCAL_WORLD_SIZE": str(world_size if backend == "gloo" else 1),
     }
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world_size,

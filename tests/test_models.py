@@ -100,13 +100,6 @@ def test_a_ranker_gives_one_float32_logit_per_label(name):
     assert output.logits_BK.isfinite().all() and output.auxiliary.shape == ()
 
 
-def test_the_embedding_norm_is_a_mean_over_rows_and_leaves_dense_numbers_out():
-    ranker = Ranker(SCHEMA, RankMixerConfig(block="ffn", **SMALL), seed=0)
-    randomise(ranker.features)
-    embeddings_BE = ranker.features(toy_batch())[:, :-2]
-    torch.testing.assert_close(ranker(toy_batch()).embedding_norm, embeddings_BE.square().sum(1).mean())
-
-
 class Tracer(torch.fx.Tracer):
     """Looks into everything but what TorchRec's pipelines leave alone: tables, and here the memory."""
 
@@ -348,9 +341,7 @@ def test_rows_without_a_label_add_nothing_to_loss_or_gradient():
     sums_K, counts_K = task_losses(logits_BK, labels_BK)
     assert counts_K.tolist() == [3.0, 1.0]
     p_BK = logits_BK.detach().sigmoid()
-    expected_K = -torch.stack(
-        [p_BK[0, 0].log() + (1 - p_BK[1, 0]).log() + p_BK[3, 0].log(), p_BK[2, 1].log()]
-    )
+    expected_K = -torch.stack([p_BK[0, 0].log() + (1 - p_BK[1, 0]).log() + p_BK[3, 0].log(), p_BK[2, 1].log()])
     torch.testing.assert_close(sums_K.detach(), expected_K)
     sums_K.sum().backward()
     expected_BK = torch.where(labels_BK.isnan(), 0.0, p_BK - labels_BK)
