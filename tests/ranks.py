@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Ranks are forked from a process that has done the imports, and nothing else.
+mp.get_context("forkserver").set_forkserver_preload(["msn_dist.training.run"])
+
 
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, backend: str = "gloo"
@@ -30,8 +33,12 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        processes = mp.spawn(
-            _rank, (function, world_size, args, folder, timeout, backend), nprocs=world_size, join=False
+        processes = mp.start_processes(
+            _rank,
+            (function, world_size, args, folder, timeout, backend),
+            nprocs=world_size,
+            join=False,
+            start_method="forkserver" if backend == "gloo" else "spawn",  # CUDA does not survive a fork
         )
         deadline = time.monotonic() + timeout
         try:
@@ -74,6 +81,8 @@ def _rank(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
+            # torchrec 1.6 on torch 2.11, whenever it makes a ShardingEnv
+            warnings.filterwarnings("ignore", "`_get_pg_default_device` will be deprecated", UserWarning)
             torch.save(function(rank, world_size, *args), folder / f"{rank}.result")
     except BaseException:
         (folder / f"{rank}.error").write_text(f"rank {rank} of {world_size} failed\n{traceback.format_exc()}")

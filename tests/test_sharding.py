@@ -161,7 +161,7 @@ def test_sharded_memory_equals_the_plain_one_on_a_gpu(world: int, backend: str) 
     run_ranks(parity_of_all_cases, world, "cuda", backend=backend)
 
 
-@pytest.mark.parametrize("world", [4, 5, 100])
+@pytest.mark.parametrize("world", [4, 6, 100])
 def test_a_rank_without_rows_is_refused(world: int) -> None:
     with pytest.raises(InputError, match=r"a memory of 9 slots leaves rank \d+ of \d+ without rows: use fewer ranks"):
         shard_of(9, world, 0)

@@ -63,6 +63,12 @@ class ParquetReader:
             raise InputError(f"{folder}: the split has no rows (files: {len(self._footers)}); prepare the data again")
         self._epoch, self._batches, self._resume_at = 0, 0, 0
 
+    @property
+    def num_batches(self) -> int:
+        """Batches of this rank in an epoch: the order of row groups decides who reads which, not how many rows."""
+        shares = _deal(_deal(self._units, self.world_size)[self.rank], max(1, self.workers))
+        return sum(-(-sum(unit.rows for unit in share) // self.batch_size) for share in shares)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration; a position loaded for the same epoch is kept."""
         if epoch != self._epoch:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from torch import nn
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from msn_dist.memory import MemoryValues
 
@@ -56,7 +57,7 @@ def make_plan(
 ) -> Plan:
     """Memory values by rows; id tables whole, the largest first onto the emptiest rank.
 
-    Very large id tables are cut by rows instead.  `model` may be on the meta device.
+    Very large id tables, and those read by attention, are cut by rows instead.  `model` may be on the meta device.
     """
     sharder_of = {sharder.module_type: sharder for sharder in sharders}
     tables: list[TableShards] = []
@@ -72,16 +73,17 @@ def make_plan(
         choice = {}
         for table, weight in sorted(parameters.items(), key=lambda item: (-item[1].numel(), item[0])):
             rows, dim = weight.shape
-            if kind == "memory" or (rows >= _ROW_WISE_FROM and rows * dim > fair_share):
-                block = -(-rows // world_size)
+            # TorchRec's unpooled lookup fails on a gloo rank that holds no part of any table.
+            on_all_ranks = kind == "memory" or (world_size > 1 and isinstance(module, EmbeddingCollection))
+            if on_all_ranks or (rows >= _ROW_WISE_FROM and rows * dim > fair_share):
+                scheme, block = "row_wise", -(-rows // world_size)
                 held = [max(0, min(block, rows - rank * block)) for rank in range(world_size)]
                 choice[table] = row_wise(compute_kernel="fused")
             else:
-                owner = load.index(min(load))
+                scheme, owner = "table_wise", load.index(min(load))
                 held = [rows if rank == owner else 0 for rank in range(world_size)]
                 choice[table] = table_wise(rank=owner, compute_kernel="fused")
                 load[owner] += rows * dim
-            scheme = "row_wise" if kind == "memory" or min(held) else "table_wise"
             tables.append(TableShards(path, table, kind, rows, dim, scheme, held))
         sharding.plan[path] = construct_module_sharding_plan(
             module, {table: choice[table] for table in parameters}, sharder, local_size, world_size, device_type

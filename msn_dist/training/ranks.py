@@ -36,6 +36,12 @@ class Ranks:
         """State dicts hold DTensors, which torch.distributed.checkpoint reshards to any world size."""
         return ShardingEnv(self.world, self.rank, self.group, output_dtensor=True)
 
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers, on all of them."""
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
+
     def together(self, build: Callable[[], Result]) -> Result:
         """build() on every rank; an InputError on one rank is raised on all of them."""
         error = result = None

@@ -35,7 +35,7 @@ class Trainer:
         self.valid_data = open_split("valid", config.data, schema, ranks)
         self.model, self.plan, self.parameters = build_sharded_model(config, schema, ranks)
         self.memories = sharded_memories(self.model)
-        self.steps_per_epoch = -(-self.train_data.num_rows // config.data.batch_size)
+        self.steps_per_epoch = ranks.largest(self.train_data.num_batches)
         self.total_steps = self.steps_per_epoch * config.training.epochs
         if config.training.max_steps is not None:
             self.total_steps = min(self.total_steps, config.training.max_steps)
@@ -100,7 +100,7 @@ class Trainer:
         return sums_K.detach().sum()
 
     def _at_the_end(self) -> bool:
-        return self.step == self.config.training.max_steps
+        return self.step == self.total_steps
 
     def _log(self, console: Console) -> None:
         """One record; a collective call."""
