@@ -29,6 +29,7 @@ lint: $(INSTALLED)
 
 .PHONY: benchmark-quality
 benchmark-quality: $(INSTALLED)
+	@.venv/bin/msn prepare kuairand
 	@.venv/bin/python -m benchmarks.quality
 
 .PHONY: clean
