@@ -65,6 +65,11 @@ def launch(command: list[str], nproc: int) -> int:
         try:
             elastic_launch(config, sys.executable)("-u", *command)
         except ChildFailedError as error:
+            for rank, failure in error.failures.items():
+                if failure.exitcode < 0:  # a process that a signal ends cannot explain itself
+                    name = signal.Signals(-failure.exitcode).name
+                    hint = "; is the machine out of memory?" if name == "SIGKILL" else ""
+                    print(f"rank {rank} was ended by {name}{hint}", file=sys.stderr)
             return 2 if any(failure.exitcode == 2 for failure in error.failures.values()) else 1
         except SignalException as error:
             if error.sigval == signal.SIGINT:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
+
+# Ranks of a test are forked from a process that has done the imports, and nothing else.
+multiprocessing.set_forkserver_preload(["msn_dist.training.run"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import torch.distributed as dist
@@ -18,6 +19,8 @@ def end(how: str) -> None:
     dist.init_process_group("gloo")
     dist.barrier()
     if os.environ["RANK"] == "1":
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         raise InputError("column 'age' is missing") if how == "bad_input" else KeyError("boom")
     dist.barrier()  # the peer has gone: this raises
 

@@ -17,9 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Ranks are forked from a process that has done the imports, and nothing else.
-mp.get_context("forkserver").set_forkserver_preload(["msn_dist.training.run"])
-
 
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, backend: str = "gloo"

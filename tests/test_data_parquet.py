@@ -81,7 +81,9 @@ def test_every_row_once_over_the_ranks_in_each_epoch(folder, world_size, shuffle
     for epoch in range(2):
         for reader in readers:
             reader.set_epoch(epoch)
-        shares = [users(reader) for reader in readers]
+        batches = [[batch.groups_B.tolist() for batch in reader] for reader in readers]
+        assert [len(share) for share in batches] == [reader.num_batches for reader in readers]
+        shares = [sum(share, []) for share in batches]
         assert sorted(sum(shares, [])) == list(range(317)) and readers[0].num_rows == 317
         if world_size <= 5:
             assert max(map(len, shares)) - min(map(len, shares)) <= 40  # one row group
@@ -94,6 +96,7 @@ def test_every_row_once_over_reader_workers_and_resuming_with_them(folder):
     ]
     batches = [[batch.groups_B.tolist() for batch in reader] for reader in readers]
     assert sorted(user for rank in batches for batch in rank for user in batch) == list(range(317))
+    assert [len(rank) for rank in batches] == [reader.num_batches for reader in readers]
     state = readers[0].state_dict(batches=4)
     readers[0].load_state_dict(state)
     assert [batch.groups_B.tolist() for batch in readers[0]] == batches[0][4:]

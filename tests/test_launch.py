@@ -188,3 +188,9 @@ def test_a_crash_on_one_of_two_ranks_shows_its_traceback_once_with_exit_code_1()
     assert result.returncode == 1, result.stderr
     assert result.stderr.count("Traceback") == 1
     assert result.stderr.splitlines()[-1] == "KeyError: 'boom'"
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_is_named() -> None:
+    result = run("tests/launched.py", "killed")
+    assert result.returncode == 1
+    assert "rank 1 was ended by SIGKILL; is the machine out of memory?" in result.stderr.splitlines()

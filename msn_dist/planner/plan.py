@@ -10,6 +10,7 @@ from torchrec.distributed.sharding_plan import construct_module_sharding_plan, r
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
+from msn_dist.errors import InputError
 from msn_dist.memory import MemoryValues
 
 _ROW_WISE_FROM = 2**20  # an id table of so many rows, and of more than a rank's fair share, is cut by rows
@@ -58,6 +59,7 @@ def make_plan(
     """Memory values by rows; id tables whole, the largest first onto the emptiest rank.
 
     Very large id tables, and those read by attention, are cut by rows instead.  `model` may be on the meta device.
+    InputError if attention reads a table with too few rows for every rank to hold one.
     """
     sharder_of = {sharder.module_type: sharder for sharder in sharders}
     tables: list[TableShards] = []
@@ -78,6 +80,11 @@ def make_plan(
             if on_all_ranks or (rows >= _ROW_WISE_FROM and rows * dim > fair_share):
                 scheme, block = "row_wise", -(-rows // world_size)
                 held = [max(0, min(block, rows - rank * block)) for rank in range(world_size)]
+                if kind == "ids" and not min(held):
+                    raise InputError(
+                        f"model.attention reads table {table!r}, whose {rows} rows leave a rank of {world_size} "
+                        "without any; use fewer ranks, or attention: false"
+                    )
                 choice[table] = row_wise(compute_kernel="fused")
             else:
                 scheme, owner = "table_wise", load.index(min(load))

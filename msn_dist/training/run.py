@@ -31,9 +31,10 @@ def train(config: RunConfig, run_path: Path) -> None:
     with joined_ranks(config.training) as ranks:
         schema = ranks.together(lambda: load_schema(config.data.path))
         run = RunDirectory(run_path)
-        ranks.together(lambda: RunDirectory.create(config, run_path) if ranks.rank == 0 else None)
         trainer = Trainer(config, schema, run, ranks)
         test_data = open_split("test", config.data, schema, ranks)
+        # last, so that refused data or settings leave no directory behind
+        ranks.together(lambda: RunDirectory.create(config, run_path) if ranks.rank == 0 else None)
         if ranks.rank == 0:
             run.write_plan(trainer.plan.as_json(), str(trainer.plan))
         with Console(ranks.rank, trainer.total_steps, trainer.steps_per_epoch) as console:

@@ -1,0 +1,226 @@
+"""Bad input, as a user meets it: exit code 2 on every rank, one message that names the place, and no hang."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_data_criteo import line
+from tiny_data import ROW_GROUPS, write_data, write_split
+
+from msn_dist.launch.cli import main
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """\
+name: tiny
+data: {path: PATH, batch_size: 20, shuffle_buffer: 1}
+model: {backbone: rankmixer, tokens: 2, width: 16, embedding_dim: 8}
+memory: {sub_keys: 9, top_k: 4, key_dim: 8}
+training: {device: cpu, log_every: 1, timeout_seconds: 60}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A config; its data is beside it, in `data`."""
+    write_data(tmp_path / "data")
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG.replace("PATH", str(tmp_path / "data")))
+    return path
+
+
+def column_of(split: str, column: str, change: Callable[[list], list] | None, kind: pa.DataType | None = None):
+    """An edit of a data folder: other values in a column, or no such column."""
+
+    def edit(data: Path) -> None:
+        table = pq.read_table(data / split)
+        place = table.column_names.index(column)
+        values = change and pa.array(change(table[column].to_pylist()), kind)
+        table = table.remove_column(place) if change is None else table.set_column(place, column, [values])
+        write_split(data / split, table, ROW_GROUPS[split])
+
+    return edit
+
+
+def put(row: int, value: object) -> Callable[[list], list]:
+    return lambda values: [*values[:row], value, *values[row + 1 :]]
+
+
+def cut_short(data: Path) -> None:
+    file = data / "train" / "part-0.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def without_rows(data: Path) -> None:
+    write_split(data / "valid", pq.read_table(data / "valid").slice(0, 0), [0])
+
+
+# Row 155 lies in row group 1, which only the second rank reads, after row group 2.
+BAD_ID = column_of("train", "item", put(155, 30))
+BAD_ID_MESSAGE = (
+    "{data}/train/part-0.parquet, row group 1, column 'item', row 5: id 30 is not in [0, 30) of table 'item'; "
+    "enlarge tables.item in schema.yaml or correct the data"
+)
+CASES = {
+    "missing column": (
+        column_of("train", "age", None),
+        [],
+        "{data}/train/part-0.parquet: column 'age' of schema.yaml is missing; ",
+    ),
+    "wrong type": (
+        column_of("valid", "user", lambda users: [f"u{user}" for user in users]),
+        [],
+        "{data}/valid/part-0.parquet: column 'user' is string, but must be an integer. ",
+    ),
+    "id out of range in the middle of training": (BAD_ID, [], BAD_ID_MESSAGE),
+    "the same in a reader process": (BAD_ID, ["data.workers=1"], BAD_ID_MESSAGE),
+    "bad label in the test split": (
+        column_of("test", "view", put(75, 7.0)),
+        ["training.max_steps=1"],
+        "{data}/test/part-0.parquet, row group 1, column 'view', row 5: label 7 is not in [0, 1]; ",
+    ),
+    "truncated file": (
+        cut_short,
+        [],
+        "{data}/train/part-0.parquet: cannot be read as Parquet, truncated or corrupt ",
+    ),
+    "empty split": (without_rows, [], "{data}/valid: the split has no rows (files: 1); "),
+    "no schema": (lambda data: (data / "schema.yaml").unlink(), [], "{data}/schema.yaml: cannot read this file "),
+    "batch too small": (
+        lambda data: None,
+        ["data.batch_size=1"],
+        "data.batch_size=1 is less than one row for each of 2 ranks",
+    ),
+    "attention without histories": (
+        lambda data: (data / "schema.yaml").write_text(
+            "{name: tiny, tables: {user: 40}, ids: {user: user}, labels: [view], group: user}"
+        ),
+        ["model.attention=true"],
+        "model.attention is true, but schema 'tiny' has no histories; set it to false",
+    ),
+    "attention over a table that is too small to cut": (
+        lambda data: (data / "schema.yaml").write_text(
+            (data / "schema.yaml").read_text().replace("item: 30", "item: 1")
+        ),
+        ["model.attention=true"],
+        "model.attention reads table 'item', whose 1 rows leave a rank of 2 without any; use fewer ranks, or ",
+    ),
+    "experts of a width that cannot be": (
+        lambda data: None,
+        ["model.block=msn_smoe", "model.width=20"],
+        "model.width=20 is not a multiple of 8, as blocks with experts need",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_on_two_ranks_ends_with_exit_code_2_and_one_message(case: str, config: Path) -> None:
+    spoil, overrides, message = CASES[case]
+    spoil(config.parent / "data")
+    exit_codes, output = train_on_two_ranks(config.parent, [str(config), *overrides])
+    assert exit_codes == [2, 2], output
+    *progress, error = output.splitlines()
+    assert bool(progress) == (spoil is BAD_ID or "test split" in case)
+    assert error.startswith(message.format(data=config.parent / "data"))
+    assert all(text.startswith(("step ", "valid ")) for text in progress)
+
+
+def train_on_two_ranks(folder: Path, arguments: list[str]) -> tuple[list[int | None], str]:
+    """(exit code of each rank, what both printed) of `msn train`, in the environment that torchrun gives."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    environments = [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_ERROR_FILE": str(folder / "errors" / str(rank) / "error.json"),
+        }
+        for rank in range(2)
+    ]
+    (folder / "errors").mkdir()
+    arguments = ["train", *arguments, "--out", str(folder / "run")]
+    context = mp.get_context("forkserver")
+    ranks = [context.Process(target=_rank, args=(arguments, folder, environment)) for environment in environments]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)  # only a hang takes so long
+        rank.kill()
+    return [rank.exitcode for rank in ranks], (folder / "output").read_text()
+
+
+def _rank(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    main(arguments)
+
+
+def test_the_launched_command_explains_bad_input_in_the_middle_of_training_once(config: Path) -> None:
+    BAD_ID(config.parent / "data")
+    command = ["train", str(config), "--nproc", "2", "--out", str(config.parent / "run")]
+    result = subprocess.run(
+        [sys.executable, "-m", "msn_dist.launch", *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert result.stderr == BAD_ID_MESSAGE.format(data=config.parent / "data") + "\n"
+    assert result.stdout.splitlines()[-1].startswith("step ")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainig.epochs=2", "trainig: unknown key; did you mean 'training'?"),
+        ("optimizer.dense.lrr=0.1", "optimizer.dense.lrr: unknown key; did you mean 'lr'?"),
+        ("model.blocks=ffn", "model.blocks: unknown key; did you mean 'block'?"),
+        ("model.backbone=transformer", "model.backbone: must be one of dcnv2, dlrm, rankmixer"),
+        ("data.batch_size=many", "data.batch_size: input should be a valid integer, found 'many'"),
+        ("memory.top_k=10", "memory: top_k=10 is larger than sub_keys=9"),
+        ("memory.value_dim=6", "memory: value_dim=6 is not a multiple of 4"),
+        ("model.width=15", "width=15 is not a multiple of tokens=2"),
+        ("model.block=ffn", "memory is set, but block: ffn carries none"),
+        ("training.precision=bf16", "training.precision=bf16 needs a GPU; use fp32 on a CPU"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_with_their_key(
+    override: str, message: str, config: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert exit_code("train", str(config), override) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert message in error
+
+
+def test_a_malformed_line_of_a_criteo_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = tmp_path / "day_0"
+    source.write_text("\n".join([line(0), line(1), line(2).replace("\t", " ", 1), line(3)]) + "\n")
+    assert exit_code("prepare", "criteo", str(source), "--target", str(tmp_path / "out")) == 2
+    assert capsys.readouterr().err == (
+        f"{source}, line 3: has 39 columns, not 40 separated by tabs; correct or remove the line\n"
+    )
+    source.write_text("".join(f"{line(number)}\n" for number in range(10)))
+    assert exit_code("prepare", "criteo", str(source), "--target", str(tmp_path / "out")) == 0
+    assert pq.read_table(tmp_path / "out" / "train").num_rows == 8
+
+
+def exit_code(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    return stop.value.code

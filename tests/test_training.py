@@ -1,0 +1,373 @@
+"""Whole training: the same at any world size, rates, checkpoints, bytes on the wire, the run directory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_data import ROW_GROUPS, SCHEMA, write_data
+from torch import Tensor, nn
+from torchrec.distributed.comm_ops import set_use_sync_collectives
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from msn_dist.config import OptimizerConfig, RunConfig, dump_config, load_config
+from msn_dist.data.batch import Batch
+from msn_dist.data.row_group import RowGroup, open_file, read_row_group
+from msn_dist.data.table import as_batch
+from msn_dist.errors import InputError
+from msn_dist.planner import plan
+from msn_dist.training import run
+from msn_dist.training.checkpoint import load_model, save_checkpoint
+from msn_dist.training.evaluation import evaluate, open_split
+from msn_dist.training.optimizers import Optimizers
+from msn_dist.training.ranks import Ranks
+from msn_dist.training.run_directory import RunDirectory
+from msn_dist.training.sharded_model import build_sharded_model, id_table_shards, sharded_memories
+from msn_dist.training.summary import HEADLINE
+from msn_dist.training.trainer import Trainer
+from ranks import run_ranks
+
+ROOT = Path(__file__).parent.parent
+MEMORY = {"sub_keys": 9, "top_k": 4, "heads": 2, "key_dim": 8}  # 81 slots: neither 2 nor 4 ranks divide them
+RANKMIXER = {"backbone": "rankmixer", "tokens": 2, "width": 16, "embedding_dim": 8}
+MODELS = {
+    "msn_ffn": RANKMIXER | {"layers": 3, "memory_layers": [0, 2], "attention": True},
+    # The balance loss belongs to each rank's own rows, so with it world sizes differ by intent.
+    "msn_smoe": RANKMIXER | {"block": "msn_smoe", "layers": 1, "balance_weight": 0.0},
+    "dlrm": {"backbone": "dlrm", "hidden": [16], "tokens": 2, "width": 16, "embedding_dim": 8},
+}
+STEPS = [40, 30, 7, 33, 24, 40]  # rows of each global batch
+EMPTY_STEP = 3  # in which the last rank has no rows
+TABLES = ["user", "item", "layer0"]  # of the dlrm
+Parts = dict[tuple[str, int], Tensor]  # (table, first row) -> the rows that a rank holds
+
+
+def config_of(data: Path, model: str, **changes: Any) -> RunConfig:
+    tree = {
+        "name": model,
+        "seed": 5,
+        "data": {"path": str(data), "batch_size": 40},
+        "model": MODELS[model],
+        "memory": MEMORY,
+        "optimizer": {"ids": {"init_std": 0.1, "decay": 0.001}, "warmup_steps": 2},
+        "training": {"device": "cpu", "max_steps": len(STEPS)},  # one schedule, however many steps an epoch takes
+    }
+    return RunConfig.model_validate(tree | changes)
+
+
+def rows_of_ranks(rows: int, world: int, step: int) -> list[slice]:
+    """An uneven deal of a global batch to the ranks."""
+    takers = world - 1 if world > 1 and step == EMPTY_STEP else world
+    ends = [rows * (rank + 1) ** 2 // takers**2 for rank in range(takers)] + [rows] * (world - takers)
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def batches_of_rank(data: Path, world: int, rank: int) -> list[Batch]:
+    path = data / "train" / "part-0.parquet"
+    groups = [RowGroup(path, index, rows) for index, rows in enumerate(ROW_GROUPS["train"])]
+    table = read_row_group(groups[0], open_file(path, SCHEMA), SCHEMA)
+    batches, first = [], 0
+    for step, rows in enumerate(STEPS):
+        mine = torch.arange(first, first + rows)[rows_of_ranks(rows, world, step)[rank]].numpy()
+        batches.append(as_batch(table.take(mine, table.starts()).tensors(SCHEMA.sparse_keys), SCHEMA))
+        first = (first + rows) % 100
+    return batches
+
+
+def parts_of(trained: nn.Module) -> Parts:
+    """A copy of all that this rank holds: id tables, memory values, dense parameters."""
+    parts = {(table, first_row): rows.clone() for table, _, first_row, rows in id_table_shards(trained)}
+    for name, values in sharded_memories(trained).items():
+        parts[name, values.exchange.rank * values.block] = values.weight.detach().clone()
+    for name, parameter in in_backward_optimizer_filter(trained.named_parameters()):
+        parts[name, 0] = parameter.detach().clone()
+    return parts
+
+
+def whole(parts_of_ranks: list[Parts]) -> dict[str, Tensor]:
+    """The tables of a model, put together from the parts of all ranks."""
+    rows = {}
+    for parts in parts_of_ranks:
+        for (name, first_row), part in parts.items():
+            rows.setdefault(name, {})[first_row] = part
+    return {name: torch.cat([parts[first] for first in sorted(parts)]) for name, parts in rows.items()}
+
+
+def train_steps(trainer: Trainer, batches: list[Batch]) -> dict[str, Any]:
+    """What is compared over world sizes, and the bytes that the exchanges should have counted."""
+    found = {"start": parts_of(trainer.model), "losses": []}
+    expected = Counter()
+    for values in trainer.memories.values():
+        values.register_forward_pre_hook(lambda values, inputs: expected.update(bytes_of_step(values, *inputs)))
+    trainer.model.train()
+    for batch, rows in zip(batches, STEPS, strict=True):
+        found["losses"].append(trainer._train_step(batch, rows).item())
+        trainer.step += 1
+    found["end"] = parts_of(trainer.model)
+    found["bytes"] = sum((Counter(values.exchange.traffic) for values in trainer.memories.values()), Counter())
+    found["expected bytes"] = Counter(expected)
+    return found
+
+
+def bytes_of_step(values: nn.Module, slots_ML: Tensor, weights_ML: Tensor) -> Counter:
+    """What this rank's bags cost in one step of row_pooled; messages of a rank to itself are free."""
+    others, bags = values.exchange.world - 1, len(slots_ML)
+    away = int((values.placement.row_of(slots_ML) // values.block != values.exchange.rank).sum())
+    return Counter(
+        counts=others * 16,
+        lengths=others * bags,
+        rows=away * 4,
+        weights=away * 4,
+        weights_gradient=away * 4,
+        pooled=others * bags * values.dim * 4,
+        pooled_gradient=others * bags * values.dim * 4,
+    )
+
+
+def first_update(trainer: Trainer, batch: Batch, rows: int) -> dict[str, Any]:
+    """How far (RMS) the first step moves each row of a table: row-wise Adagrad starts with exactly its rate."""
+    before = parts_of(trainer.model)
+    trainer.step = 1
+    trainer._train_step(batch, rows)
+    after = parts_of(trainer.model)
+    moved = {key: (after[key] - part).square().mean(1).sqrt() for key, part in before.items() if key[0] in TABLES}
+    return {"moved": moved, "rates": trainer.optimizers.rates(1)}
+
+
+def at_one_world_size(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Everything below that takes ranks; what W = 2 saves, the other world sizes load."""
+    set_use_sync_collectives(True)  # as joined_ranks does
+    plan._ROW_WISE_FROM = 35  # so that an id table is cut by rows
+    data, found = folder / "data", {}
+    ranks = Ranks(rank, world, world, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
+    for model in MODELS:
+        trainer = Trainer(config_of(data, model), SCHEMA, RunDirectory(folder), ranks)
+        found[model] = train_steps(trainer, batches_of_rank(data, world, rank))
+        if world == 2 and model == "msn_ffn":
+            save_checkpoint(folder / "checkpoint", trainer.model, trainer.optimizers, ranks)
+            found["restored"] = state_and_metrics(trainer.model, trainer.config, ranks)
+        del trainer
+        gc.collect()
+    if world != 2:
+        other_start = config_of(data, "msn_ffn", seed=99)
+        model, *_ = build_sharded_model(other_start, SCHEMA, ranks)
+        load_model(folder / "checkpoint", model, ranks)
+        found["restored"] = state_and_metrics(model, other_start, ranks)
+        del model
+    trainer = Trainer(config_of(data, "dlrm"), SCHEMA, RunDirectory(folder), ranks)
+    found["first update"] = first_update(trainer, batches_of_rank(data, world, rank)[0], STEPS[0])
+    del trainer
+    if world == 3:  # blocks of two rows: the third rank has none of the four
+        with pytest.raises(InputError) as refusal:
+            build_sharded_model(config_of(data, "dlrm", memory={"sub_keys": 2, "top_k": 2}), SCHEMA, ranks)
+        found["refusal"] = str(refusal.value)
+    gc.collect()
+    return found
+
+
+def state_and_metrics(model: nn.Module, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    data = open_split("test", config.data, SCHEMA, ranks)
+    return {"parts": parts_of(model), "metrics": evaluate(model, data, SCHEMA, ranks, "fp32")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    write_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """By world size, what each rank found."""
+    return {world: run_ranks(at_one_world_size, world, folder) for world in (2, 1, 3, 4)}
+
+
+def of(found: dict[int, list[dict]], world: int, model: str, key: str) -> list[Any]:
+    return [of_rank[model][key] for of_rank in found[world]]
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        explain = f"{name}: {{}}".format
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-4, msg=explain)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_world_size_starts_with_the_same_bits(model: str, found) -> None:
+    expected = whole(of(found, 1, model, "start"))
+    assert {"user", "item", "layer0", "heads.weight"} <= expected.keys()
+    for world in (2, 3, 4):
+        start = whole(of(found, world, model, "start"))
+        assert start.keys() == expected.keys()
+        assert [name for name, tensor in expected.items() if not torch.equal(start[name], tensor)] == []
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_world_size_trains_to_the_same_losses_and_parameters(model: str, found) -> None:
+    (losses,) = of(found, 1, model, "losses")
+    start, end = whole(of(found, 1, model, "start")), whole(of(found, 1, model, "end"))
+    assert all((end[name] - start[name]).abs().max() > 0.01 for name in TABLES), "a step must change what it reads"
+    for world in (2, 3, 4):
+        sums = [sum(of_ranks) for of_ranks in zip(*of(found, world, model, "losses"), strict=True)]
+        assert sums == pytest.approx(losses, rel=1e-5)
+        assert_close(whole(of(found, world, model, "end")), end)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_bytes_sent_are_those_of_row_pooled(model: str, found) -> None:
+    assert of(found, 1, model, "bytes") == [Counter()]
+    for world in (2, 3, 4):
+        sent = sum(of(found, world, model, "bytes"), Counter())
+        assert sent == sum(of(found, world, model, "expected bytes"), Counter())
+        assert sent["rows"] > 0
+
+
+def test_a_checkpoint_of_two_ranks_means_the_same_model_on_any_number(found) -> None:
+    saved = [of_rank["restored"] for of_rank in found[2]]
+    parts = whole([of_rank["parts"] for of_rank in saved])
+    for world in (1, 3, 4):
+        loaded = [of_rank["restored"] for of_rank in found[world]]
+        rows = whole([of_rank["parts"] for of_rank in loaded])
+        assert rows.keys() == parts.keys()
+        assert [name for name, tensor in parts.items() if not torch.equal(rows[name], tensor)] == []
+        for metrics in (of_rank["metrics"] for of_rank in loaded):
+            for task in SCHEMA.labels:
+                assert metrics[task] == pytest.approx(saved[0]["metrics"][task], rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_tables_learn_at_their_own_rates(world: int, found) -> None:
+    _, ids, values = found[world][0]["first update"]["rates"]
+    moved = whole([of_rank["first update"]["moved"] for of_rank in found[world]])
+    for table, rate in {"user": ids, "item": ids, "layer0": values}.items():
+        hit_R = moved[table] > 0
+        assert hit_R.any()
+        torch.testing.assert_close(moved[table][hit_R], torch.full([int(hit_R.sum())], rate), rtol=0.01, atol=0)
+
+
+def test_a_memory_that_leaves_a_rank_without_rows_is_refused_on_every_rank(found) -> None:
+    refusal = "a memory of 4 slots leaves rank 2 of 3 without rows: use fewer ranks, or more memory.sub_keys"
+    assert [of_rank["refusal"] for of_rank in found[3]] == [refusal] * 3
+
+
+def test_rates_warm_up_then_fall_and_the_multiplier_of_the_values_decays() -> None:
+    config = OptimizerConfig.model_validate(
+        {
+            "dense": {"lr": 1.0},
+            "ids": {"lr": 3.0},
+            "values": {"multiplier": 10.0, "final_multiplier": 2.0},
+            "warmup_steps": 10,
+        }
+    )
+    model = nn.ModuleDict({"module": nn.Linear(1, 1)})
+    rates = Optimizers(model, [], config, total_steps=110).rates
+    assert rates(0) == pytest.approx((0.001, 0.003, 0.01))
+    assert rates(5) == pytest.approx((0.5005, 3 * 0.5005, 0.5005 * (10 - 8 * 5 / 110)))
+    assert rates(10) == pytest.approx((1.0, 3.0, 10 - 8 * 10 / 110))
+    assert rates(60) == pytest.approx((0.5, 1.5, 0.5 * (10 - 8 * 60 / 110)))
+    assert rates(109) == pytest.approx((0.01, 0.03, 0.01 * (10 - 8 * 109 / 110)))
+
+    constant = config.model_copy(update={"schedule": "constant"})
+    optimizers = Optimizers(model, [], constant, total_steps=110)
+    assert optimizers.rates(109)[:2] == (1.0, 3.0)
+    assert optimizers.set_rates(5) == optimizers.rates(5)[0] == optimizers.dense.param_groups[0]["lr"]
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> RunDirectory:
+    """A run of two epochs by the real command, on two ranks with 150 and 100 rows an epoch: 8 and 5 batches."""
+    settings = {"device": "cpu", "epochs": 2, "log_every": 7}
+    (folder / "config.yaml").write_text(dump_config(config_of(folder / "data", "msn_ffn", training=settings)))
+    command = ["train", str(folder / "config.yaml"), "seed=6", "--nproc", "2", "--out", str(folder / "run")]
+    result = subprocess.run(
+        [sys.executable, "-m", "msn_dist.launch", *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return RunDirectory.open(folder / "run")
+
+
+def test_a_run_keeps_its_resolved_settings_and_plan(folder: Path, finished: RunDirectory) -> None:
+    assert finished.config() == load_config(folder / "config.yaml", ["seed=6"])
+    tables = {table["table"]: table for table in json.loads((finished.path / "plan.json").read_text())["tables"]}
+    assert tables["user"]["sharding"] == "table_wise"
+    assert tables["item"]["rows_per_rank"] == [15, 15], "attention reads it, so every rank must hold a part"
+    assert all(sum(table["rows_per_rank"]) == table["rows"] for table in tables.values())
+    assert "memory.values" in finished.plan_text()
+
+
+def test_a_run_records_training_and_evaluations_to_the_last_step(finished: RunDirectory) -> None:
+    train, evaluations = finished.records("train"), finished.records("eval")
+    assert [(record["step"], record["epoch"]) for record in train] == [(7, 0), (14, 1), (16, 1)]
+    assert all(set(record["memory"]) == {"layer0", "layer2"} for record in train)
+    assert all(record["loss"] > 0 and record["examples_per_second"] > 0 for record in train)
+    best = finished.summary()["best_step"]
+    assert [(r["split"], r["step"]) for r in evaluations] == [("valid", 8), ("valid", 16), ("test", best)]
+    assert [list(record["metrics"]) for record in evaluations] == [SCHEMA.labels] * 3
+
+    events = EventAccumulator(str(finished.path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [7, 14, 16]
+    assert [event.step for event in events.Scalars("valid/view/auc")] == [8, 16]
+
+
+def test_the_summary_of_a_run_has_every_number(finished: RunDirectory) -> None:
+    summary = finished.summary()
+    known = {"name": "msn_ffn", "seed": 6, "world_size": 2, "device": "cpu", "steps": 16, "epochs": 2, "rows": 500}
+    assert {key: summary[key] for key in known} == known
+    for split, rows in (("valid", 80), ("test", 120)):
+        assert all(0 < summary[split][name] < 2 for name in HEADLINE)
+        assert summary[split]["tasks"]["view"]["rows"] == rows > summary[split]["tasks"]["like"]["rows"] > 0
+    parameters = summary["parameters"]
+    assert parameters["memory_values"] == 2 * 81 * 16 and parameters["id_tables"] == 70 * 8
+    assert parameters["total"] == parameters["dense"] + parameters["id_tables"] + parameters["memory_values"]
+    assert 0 < parameters["activated"] < parameters["total"]
+    memory = summary["memory"]
+    assert memory["slots"] == 162 and 0.5 < memory["used_share"] <= 1 and 0 < memory["entropy_ratio"] <= 1
+    assert 1 <= memory["owner_load_max_over_mean"] <= 2
+    assert summary["examples_per_second"] == pytest.approx(500 / summary["seconds"])
+    assert summary["versions"]["torch"] == torch.__version__ and len(summary["git_commit"]) in (40, 64)
+
+
+def test_the_summary_counts_every_byte_between_ranks(finished: RunDirectory) -> None:
+    sent = finished.summary()["bytes_sent"]
+    layers, tokens, width = 2, 2, 16
+    bags = layers * tokens * (500 + 2 * 80 + 120)  # training, two evaluations of valid, one of test
+    steps = layers * (16 + 2 * 3 + 4)
+    away = sent.pop("rows"), sent.pop("weights")
+    assert away[0] == away[1] and 0.3 < away[0] / (bags * 8 * 4) < 0.7  # 8 hits a bag, about half of them remote
+    assert 0.3 < sent.pop("weights_gradient") / (layers * tokens * 500 * 8 * 4) < 0.7
+    assert sent == {
+        "counts": steps * 2 * 16,
+        "lengths": bags,
+        "pooled": bags * width * 4,
+        "pooled_gradient": layers * tokens * 500 * width * 4,
+    }
+
+
+def test_a_run_leaves_a_report(finished: RunDirectory) -> None:
+    report = finished.report.read_text()
+    assert "Ranking quality" in report and "Load of each owner" in report and "<svg" in report
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_evaluating_a_run_on_one_rank_repeats_the_metrics_of_two(split: str, finished: RunDirectory) -> None:
+    metrics = run.evaluate(finished.path, split)
+    for task, expected in finished.summary()[split]["tasks"].items():
+        assert metrics[task] == pytest.approx(expected, rel=1e-5)
