@@ -65,12 +65,14 @@ def launch(command: list[str], nproc: int) -> int:
         try:
             elastic_launch(config, sys.executable)("-u", *command)
         except ChildFailedError as error:
-            for rank, failure in error.failures.items():
-                if failure.exitcode < 0:  # a process that a signal ends cannot explain itself
-                    name = signal.Signals(-failure.exitcode).name
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            for rank, code in codes.items():
+                # A process that a signal ends cannot explain itself; SIGTERM is how we end the others.
+                if code < 0 and code != -signal.SIGTERM:
+                    name = signal.Signals(-code).name
                     hint = "; is the machine out of memory?" if name == "SIGKILL" else ""
                     print(f"rank {rank} was ended by {name}{hint}", file=sys.stderr)
-            return 2 if any(failure.exitcode == 2 for failure in error.failures.values()) else 1
+            return 2 if 2 in codes.values() else 1
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None

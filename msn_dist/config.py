@@ -52,8 +52,7 @@ class MemoryConfig(Part):
     value_init_std: NonNegativeFloat | None = Field(None, description="null: value_dim ** -0.5")
     share: Literal["all", "group", "token"] = Field("all", description="which tokens read the same slots")
     groups: PositiveInt | None = Field(None, description="number of token groups, with share: group")
-    strategy: Literal["row_pooled"] = Field("row_pooled", description="how values travel between ranks")
-    lookup: Literal["auto", "fbgemm", "reference"] = Field("auto", description="back end of the local lookup")
+    lookup: Literal["fbgemm", "reference"] = Field("fbgemm", description="back end of the sharded table's lookup")
 
     @model_validator(mode="after")
     def _possible(self) -> MemoryConfig:
@@ -89,6 +88,11 @@ class RankMixerConfig(Part):
     dropout: Fraction = 0.0
 
     @property
+    def hidden(self) -> int:
+        """Hidden width of an FFN or expert."""
+        return max(1, round(self.ffn_ratio * self.width))
+
+    @property
     def carries_memory(self) -> bool:
         return self.block.startswith("msn_")
 
@@ -106,6 +110,10 @@ class RankMixerConfig(Part):
             raise ValueError(
                 f"width={self.width} is not a multiple of tokens={self.tokens}: "
                 "token mixing splits each token into as many heads as there are tokens"
+            )
+        if self.block.endswith("smoe") and (self.width % 8 or self.hidden % 8):
+            raise ValueError(
+                f"width={self.width} and ffn_ratio * width={self.hidden} must be multiples of 8, as experts need"
             )
         if self.active_experts > self.experts:
             raise ValueError(f"active_experts={self.active_experts} is larger than experts={self.experts}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from msn_dist.config import MemoryConfig
+from msn_dist.errors import InputError
 from msn_dist.kernels import reference
 from msn_dist.memory import Memory, MemoryValues, Placement
 from msn_dist.memory.health import SlotUsage
@@ -150,6 +151,39 @@ def test_initial_values_do_not_depend_on_how_rows_are_cut() -> None:
     assert abs(whole.mean()) < 0.02 and abs(whole.std() - 0.5) < 0.01
     assert not torch.equal(whole, MemoryValues(1000, 12, init_std=0.5, seed=5).weight)
     assert len(whole.unique()) > 11_000  # rows and columns differ
+
+
+def test_a_memory_made_on_the_meta_device_starts_as_any_other() -> None:
+    with torch.device("meta"):
+        memory = Memory(MemoryConfig(sub_keys=8, top_k=4, key_dim=4, share="token"), tokens=2, width=8, seed=3)
+    memory.to_empty(device="cpu")
+    for module in memory.modules():  # as DistributedModelParallel does
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    torch.manual_seed(0)
+    expected = Memory(MemoryConfig(sub_keys=8, top_k=4, key_dim=4, share="token"), tokens=2, width=8, seed=3)
+    assert torch.equal(memory.values.weight, expected.values.weight)
+    assert torch.equal(memory.keys.row.theta, expected.keys.row.theta)
+    assert 0.5 < memory.keys.row.codes_HNE.std() < 1.5
+    expected.load_state_dict(memory.state_dict())
+    x_BTD = torch.randn(5, 2, 8)
+    assert torch.equal(memory(x_BTD), expected(x_BTD))
+
+
+def test_values_of_a_width_that_no_lookup_takes_are_refused() -> None:
+    with pytest.raises(InputError, match="width 18 are not a multiple of 4"):
+        Memory(MemoryConfig(sub_keys=8, top_k=4), tokens=2, width=18, seed=0)
+
+
+def test_a_count_beyond_31_bits_is_still_a_count() -> None:
+    usage = SlotUsage(200, "cpu")
+    usage.window_R[3] = -(2**31)  # what one more hit makes of 2^31 - 1
+    health = usage.read(200)
+    assert health.window_used_share == health.used_share == 1 / 200 and health.entropy_ratio == pytest.approx(0.0)
+
+
+def test_a_window_without_hits_has_no_entropy() -> None:
+    assert math.isnan(SlotUsage(200, "cpu").read(200).entropy_ratio)
 
 
 def test_health_of_known_hits() -> None:

@@ -20,11 +20,20 @@ from torch import Tensor, nn
 from torchrec.distributed.comm_ops import set_use_sync_collectives
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from msn_dist.config import OptimizerConfig, RunConfig, dump_config, load_config
+from msn_dist.config import (
+    DLRMConfig,
+    MemoryConfig,
+    OptimizerConfig,
+    RankMixerConfig,
+    RunConfig,
+    dump_config,
+    load_config,
+)
 from msn_dist.data.batch import Batch
 from msn_dist.data.row_group import RowGroup, open_file, read_row_group
 from msn_dist.data.table import as_batch
 from msn_dist.errors import InputError
+from msn_dist.models.ranker import Ranker
 from msn_dist.planner import plan
 from msn_dist.training import run
 from msn_dist.training.checkpoint import load_model, save_checkpoint
@@ -150,6 +159,13 @@ def at_one_world_size(rank: int, world: int, folder: Path) -> dict[str, Any]:
     plan._ROW_WISE_FROM = 35  # so that an id table is cut by rows
     data, found = folder / "data", {}
     ranks = Ranks(rank, world, world, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
+    if world == 2:
+        model = DLRMConfig(**MODELS["dlrm"], dropout=0.5)
+        dropout = config_of(data, "dlrm").model_copy(update={"model": model})
+        batches = batches_of_rank(data, world, rank)
+        runs = [train_steps(Trainer(dropout, SCHEMA, RunDirectory(folder), ranks), batches) for _ in range(2)]
+        found["with dropout"] = [run["losses"] for run in runs]
+        gc.collect()
     for model in MODELS:
         trainer = Trainer(config_of(data, model), SCHEMA, RunDirectory(folder), ranks)
         found[model] = train_steps(trainer, batches_of_rank(data, world, rank))
@@ -225,6 +241,13 @@ def test_every_world_size_trains_to_the_same_losses_and_parameters(model: str, f
         assert_close(whole(of(found, world, model, "end")), end)
 
 
+def test_dropout_follows_the_seed_and_a_run_repeats_bit_for_bit(found) -> None:
+    for of_rank in found[2]:
+        first, second = of_rank["with dropout"]
+        assert first == second
+    assert of(found, 2, "dlrm", "losses") != [of_rank["with dropout"][0] for of_rank in found[2]]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_the_bytes_sent_are_those_of_row_pooled(model: str, found) -> None:
     assert of(found, 1, model, "bytes") == [Counter()]
@@ -274,15 +297,30 @@ def test_rates_warm_up_then_fall_and_the_multiplier_of_the_values_decays() -> No
     model = nn.ModuleDict({"module": nn.Linear(1, 1)})
     rates = Optimizers(model, [], config, total_steps=110).rates
     assert rates(0) == pytest.approx((0.001, 0.003, 0.01))
-    assert rates(5) == pytest.approx((0.5005, 3 * 0.5005, 0.5005 * (10 - 8 * 5 / 110)))
-    assert rates(10) == pytest.approx((1.0, 3.0, 10 - 8 * 10 / 110))
-    assert rates(60) == pytest.approx((0.5, 1.5, 0.5 * (10 - 8 * 60 / 110)))
-    assert rates(109) == pytest.approx((0.01, 0.03, 0.01 * (10 - 8 * 109 / 110)))
+    assert rates(5) == pytest.approx((0.5005, 3 * 0.5005, 0.5005 * (10 - 8 * 5 / 109)))
+    assert rates(10) == pytest.approx((1.0, 3.0, 10 - 8 * 10 / 109))
+    assert rates(60) == pytest.approx((0.5, 1.5, 0.5 * (10 - 8 * 60 / 109)))
+    assert rates(109) == pytest.approx((0.01, 0.03, 0.02))
+
+    assert rates(500) == pytest.approx((0.0, 0.0, 0.0))
 
     constant = config.model_copy(update={"schedule": "constant"})
     optimizers = Optimizers(model, [], constant, total_steps=110)
     assert optimizers.rates(109)[:2] == (1.0, 3.0)
     assert optimizers.set_rates(5) == optimizers.rates(5)[0] == optimizers.dense.param_groups[0]["lr"]
+
+
+def test_biases_norms_and_memory_keys_do_not_decay_and_a_rank_without_id_tables_has_nothing_to_forget() -> None:
+    config = OptimizerConfig.model_validate({"dense": {"weight_decay": 0.1}, "ids": {"decay": 0.5}})
+    memory = MemoryConfig(sub_keys=8, top_k=4, key_dim=4)
+    ranker = Ranker(SCHEMA, RankMixerConfig(tokens=2, width=16, layers=1), memory, seed=0)
+    optimizers = Optimizers(nn.ModuleDict({"module": ranker}), [], config, total_steps=10)
+    optimizers.set_rates(0)
+    names = {parameter: name for name, parameter in ranker.named_parameters()}
+    decaying = {names[p] for group in optimizers.dense.param_groups if group["weight_decay"] for p in group["params"]}
+    kinds = {name.rsplit(".", 1)[-1] for name in decaying}
+    assert kinds == {"weight", "weight_TIO"}
+    assert not {name for name in decaying if "norm" in name}
 
 
 @pytest.fixture(scope="module")

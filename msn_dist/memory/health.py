@@ -1,8 +1,8 @@
 """Memory health: how evenly the slots are used, counted as the memory trains.
 
 Each rank counts the hits on the rows it holds; `read` combines the ranks with two small
-reductions.  The counts are binned to two significant hex digits (6 bits after the leading one), so
-the cost does not grow with the number of ranks and every share below is within 1.6 %.
+reductions.  The counts are binned to 6 bits after the leading one, so what is reduced does not grow
+with the table, and every share below is within 1.6 %.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 _BINS = 32 << 6  # counts below 2^31: 6 mantissa bits in each of 32 octaves
 _MANTISSA = 23 - 6
+_CHUNK = 2**22  # rows looked at together: no temporary of the table's size
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MemoryHealth:
     used_share: float  # slots hit at least once since the start
     window_used_share: float  # slots hit in the window
     dead_slots: int  # slots never hit
-    entropy_ratio: float  # entropy of the window's hits / log n; 1 is uniform use
+    entropy_ratio: float  # entropy of the window's hits / log n; 1 is uniform use, NaN a window without hits
     kl_to_uniform: float  # nats
     top1pct_share: float  # share of the window's hits that the most used 1 % of slots take
     owner_load_max_over_mean: float  # hits on the busiest rank / mean over ranks
@@ -60,18 +61,23 @@ class SlotUsage:
     @torch.no_grad()
     def read(self, slots: int, group: dist.ProcessGroup | None = None) -> MemoryHealth:
         """Health over all ranks of `group` (a collective call), and the start of a new window."""
-        self.ever_R |= self.window_R > 0
         rank, world = (group.rank(), group.size()) if group is not None else (0, 1)
-        hits_R = self.window_R.to(torch.float32)
-        bins_R = (hits_R.view(torch.int32) >> _MANTISSA) - ((127 << 6) - 1)
-        bins_R = torch.where(self.window_R > 0, bins_R, 0).to(torch.int64)
-        slots_per_bin = torch.bincount(bins_R, minlength=_BINS)
-        hits_per_bin = torch.bincount(bins_R, weights=hits_R.to(torch.float64), minlength=_BINS)
-        owners = torch.zeros(world, dtype=torch.float64, device=hits_R.device)
-        owners[rank] = hits_R.sum(dtype=torch.float64)
-        hits_log_hits = torch.special.xlogy(hits_R, hits_R).sum(dtype=torch.float64)
-        parts = [slots_per_bin, hits_per_bin, owners, torch.stack([hits_log_hits, self.ever_R.sum()])]
-        parts = torch.cat([part.to(torch.float64) for part in parts])
+        device = self.window_R.device
+        slots_per_bin = torch.zeros(_BINS, dtype=torch.float64, device=device)
+        hits_per_bin, owners = torch.zeros_like(slots_per_bin), slots_per_bin.new_zeros(world)
+        hits_log_hits, ever = slots_per_bin.new_zeros(()), slots_per_bin.new_zeros(())
+        for window_C, ever_C in zip(self.window_R.split(_CHUNK), self.ever_R.split(_CHUNK), strict=True):
+            ever_C |= window_C != 0
+            # a count that has passed 2^31 is negative
+            hits_C = torch.where(window_C < 0, 2.0**31 - 128, window_C.to(torch.float32))
+            bins_C = ((hits_C.view(torch.int32) >> _MANTISSA) - ((127 << 6) - 1)).clamp(min=0).to(torch.int64)
+            slots_per_bin += torch.bincount(bins_C, minlength=_BINS)
+            hits_C = hits_C.to(torch.float64)
+            hits_per_bin += torch.bincount(bins_C, weights=hits_C, minlength=_BINS)
+            hits_log_hits += torch.special.xlogy(hits_C, hits_C).sum()
+            ever += ever_C.sum()
+        owners[rank] = hits_per_bin.sum()
+        parts = torch.cat([slots_per_bin, hits_per_bin, owners, torch.stack([hits_log_hits, ever])])
         if world > 1:
             dist.all_reduce(parts, group=group)
         self.window_R.zero_()
@@ -81,7 +87,7 @@ class SlotUsage:
 
 def _health(slots, slots_per_bin, hits_per_bin, owners, hits_log_hits: float, ever: int) -> MemoryHealth:
     hits = float(hits_per_bin.sum())
-    entropy = math.log(hits) - hits_log_hits / hits if hits else 0.0
+    entropy = math.log(hits) - hits_log_hits / hits if hits else math.nan
     # an average within a bin: exact below 128 hits, where a bin holds one value
     mean_hits = hits_per_bin / slots_per_bin.clamp(min=1)
     taken = slots_per_bin.flip(0).cumsum(0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from msn_dist.config import MemoryConfig
+from msn_dist.errors import InputError
 from msn_dist.memory.gate import Gate
 from msn_dist.memory.product_keys import ProductKeys
 from msn_dist.memory.values import MemoryValues
@@ -30,7 +31,9 @@ class Memory(nn.Module):
         value_dim = config.value_dim or width
         groups = {"all": 1, "group": config.groups or 1, "token": tokens}[config.share]
         if tokens % groups:
-            raise ValueError(f"groups={groups} does not divide tokens={tokens}")
+            raise InputError(f"memory.groups={groups} does not divide tokens={tokens}")
+        if value_dim % 4:
+            raise InputError(f"values of width {value_dim} are not a multiple of 4, as the lookup needs; set value_dim")
         self.keys = ProductKeys(config, width)
         self.values = MemoryValues(
             config.sub_keys**2 * groups,
@@ -41,12 +44,12 @@ class Memory(nn.Module):
             device=device,
         )
         self.gate = Gate(config.gate, width, value_dim)
-        # one table for all groups: slot id + group * n
-        first_slot_T = torch.arange(tokens) // (tokens // groups) * config.sub_keys**2
-        self.register_buffer("first_slot_T", first_slot_T, persistent=False)
+        self.tokens_per_group, self.slots_per_group = tokens // groups, config.sub_keys**2
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         slots_BTHK, weights_BTHK = self.keys(x_BTD)
-        slots_BTHK = slots_BTHK + self.first_slot_T[:, None, None]
+        # one table for all groups: slot id + group * n
+        group_T = torch.arange(x_BTD.shape[1], device=x_BTD.device) // self.tokens_per_group
+        slots_BTHK = slots_BTHK + (group_T * self.slots_per_group)[:, None, None]
         pooled_MV = self.values(slots_BTHK.flatten(2).flatten(0, 1), weights_BTHK.flatten(2).flatten(0, 1))
         return self.gate(x_BTD, pooled_MV.unflatten(0, x_BTD.shape[:2]))

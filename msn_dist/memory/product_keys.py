@@ -30,17 +30,21 @@ class KeyAxis(nn.Module):
         self.tau = config.tau if config.tau is not None else key_dim**-0.5
         self.heads = heads
         self.query = nn.Linear(width, heads * key_dim, bias=False)
-        self.codes_HNE = nn.Parameter(torch.randn(heads, sub_keys, key_dim))
-        match config.theta:
-            case "none":
-                self.register_parameter("theta", None)
-            case "key":
-                self.theta = nn.Parameter(torch.eye(key_dim).repeat(heads, 1, 1))
-            case "mix":
-                self.theta = nn.Parameter(torch.eye(sub_keys).repeat(heads, 1, 1))
+        self.codes_HNE = nn.Parameter(torch.empty(heads, sub_keys, key_dim))
         self.mix = config.theta == "mix"
+        mixed = sub_keys if self.mix else key_dim
+        theta = None if config.theta == "none" else nn.Parameter(torch.empty(heads, mixed, mixed))
+        self.register_parameter("theta", theta)
         self.query_norm = nn.LayerNorm(key_dim) if config.layer_norm else nn.Identity()
         self.key_norm = nn.LayerNorm(key_dim) if config.layer_norm else nn.Identity()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal codes, Theta = 1: the keys start as their codes."""
+        nn.init.normal_(self.codes_HNE)
+        if self.theta is not None:
+            self.theta.copy_(torch.eye(self.theta.shape[-1]))
 
     def keys(self) -> Tensor:
         """keys_HNE: the same for every row, so computed once per step and constant when serving."""
@@ -50,9 +54,12 @@ class KeyAxis(nn.Module):
         return self.key_norm(keys_HNE)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """scores_BTHN, float."""
+        """scores_BTHN, float32 at least: bf16 scores would tie."""
         queries_BTHE = self.query_norm(self.query(x_BTD).unflatten(-1, (self.heads, self.codes_HNE.shape[2])))
-        return torch.einsum("bthe,hne->bthn", queries_BTHE, self.keys()) * self.tau
+        keys_HNE = self.keys()
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            dtype = torch.promote_types(keys_HNE.dtype, torch.float32)
+            return torch.einsum("bthe,hne->bthn", queries_BTHE.to(dtype), keys_HNE.to(dtype)) * self.tau
 
 
 class ProductKeys(nn.Module):
@@ -65,10 +72,8 @@ class ProductKeys(nn.Module):
         self.col = KeyAxis(config, width)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """slots_BTHK (int64 in [0, N * N)) and weights_BTHK (float32, softmax over K)."""
-        shape_BTH = (*x_BTD.shape[:2], self.row.heads)
-        scores_MK, slots_MK = reference.product_key_topk(
-            self.row(x_BTD).flatten(0, 2).float(), self.col(x_BTD).flatten(0, 2).float(), self.top_k
-        )
-        weights_MK = F.softmax(scores_MK, dim=-1)
-        return slots_MK.view(*shape_BTH, self.top_k), weights_MK.view(*shape_BTH, self.top_k)
+        """slots_BTHK (int64 in [0, N * N)) and weights_BTHK (float32 at least, softmax over K)."""
+        row_BTHN, col_BTHN = self.row(x_BTD), self.col(x_BTD)
+        scores_MK, slots_MK = reference.product_key_topk(row_BTHN.flatten(0, 2), col_BTHN.flatten(0, 2), self.top_k)
+        shape_BTH = row_BTHN.shape[:3]
+        return slots_MK.unflatten(0, shape_BTH), F.softmax(scores_MK, dim=-1).unflatten(0, shape_BTH)

@@ -28,11 +28,12 @@ class MemoryValues(nn.Module):
         *,
         init_std: float,
         seed: int,
-        lookup: str = "auto",
+        lookup: str = "fbgemm",
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.slots, self.dim, self.init_std, self.seed, self.lookup = slots, dim, init_std, seed, lookup
+        self.slots, self.dim, self.init_std, self.seed = slots, dim, init_std, seed
+        self.lookup_kind = lookup  # of the sharded table
         self.placement = Placement.permuted(slots)
         self.weight = nn.Parameter(torch.empty(slots, dim, device=device))
         self.usage = SlotUsage(slots, device=device)

@@ -51,8 +51,15 @@ class Ranker(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         hidden_BH, auxiliary = self.backbone(self.features(batch))
-        return Output(self.heads(hidden_BH).float(), auxiliary)
+        return Output(in_float32(hidden_BH, self.heads.weight, self.heads.bias), auxiliary)
 
     def memories(self) -> dict[str, Memory]:
         """The Memory of each layer that has one, keyed "layer0", "layer1", ..."""
         return self.backbone.memories()
+
+
+@torch.fx.wrap
+def in_float32(hidden_BH: Tensor, weight_KH: Tensor, bias_K: Tensor) -> Tensor:
+    """logits_BK in float32, also under autocast: logits in bf16 would tie."""
+    with torch.autocast(hidden_BH.device.type, enabled=False):
+        return nn.functional.linear(hidden_BH.float(), weight_KH, bias_K)

@@ -84,7 +84,7 @@ def mix_tokens(x_BTD: Tensor) -> Tensor:
 
 def network(config: RankMixerConfig) -> nn.Module:
     """The per-token network that `config.block` names, without its memory."""
-    hidden = max(1, round(config.ffn_ratio * config.width))
+    hidden = config.hidden
     match config.block.removeprefix("msn_"):
         case "ffn":
             return FFN(config.tokens, config.width, hidden)

@@ -82,8 +82,8 @@ def make_plan(
                 held = [max(0, min(block, rows - rank * block)) for rank in range(world_size)]
                 if kind == "ids" and not min(held):
                     raise InputError(
-                        f"model.attention reads table {table!r}, whose {rows} rows leave a rank of {world_size} "
-                        "without any; use fewer ranks, or attention: false"
+                        f"{path}: table {table!r} is read as sequences, and its {rows} rows leave a rank of "
+                        f"{world_size} without any; use fewer ranks, or model.attention=false"
                     )
                 choice[table] = row_wise(compute_kernel="fused")
             else:

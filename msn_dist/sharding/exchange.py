@@ -36,7 +36,7 @@ class Exchange:
         self.traffic = Traffic()
 
     def swap_counts(self, counts_WC: Tensor) -> list[list[int]]:
-        """Row w goes to rank w; returns the rows received.  The one host synchronisation of a step."""
+        """Row w goes to rank w; returns the rows received, on the host: splits must be known there."""
         return self._all_to_all("counts", counts_WC, [1] * self.world, [1] * self.world).tolist()
 
     def all_to_all(self, name: str, sent: Tensor, send_splits: list[int], receive_splits: list[int]) -> Tensor:

@@ -8,10 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from msn_dist.errors import InputError
 from msn_dist.kernels import reference
 
 
@@ -71,13 +76,6 @@ class FbgemmLookup:
     """FBGEMM's table-batched embedding (TBE) with one table."""
 
     def __init__(self, rows: int, dim: int, optimizer: ValueOptimizer, device: torch.device) -> None:
-        from fbgemm_gpu.split_embedding_configs import EmbOptimType
-        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
-        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-            ComputeDevice,
-            SplitTableBatchedEmbeddingBagsCodegen,
-        )
-
         self.optimizer = optimizer
         on_cpu = device.type == "cpu"
         location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
@@ -100,22 +98,4 @@ class FbgemmLookup:
         self._tbe.set_learning_rate(learning_rate)
 
 
-def make_lookup(
-    kind: str, rows: int, dim: int, optimizer: ValueOptimizer, device: torch.device
-) -> ReferenceLookup | FbgemmLookup:
-    """The back end named `kind`; "auto" is FBGEMM where it can be imported."""
-    if kind == "auto":
-        kind = "fbgemm" if fbgemm_available() else "reference"
-    if kind == "fbgemm" and not fbgemm_available():
-        raise InputError("memory.lookup: fbgemm is not installed here; run `msn doctor`, or use lookup: reference")
-    return {"fbgemm": FbgemmLookup, "reference": ReferenceLookup}[kind](rows, dim, optimizer, device)
-
-
-def fbgemm_available() -> bool:
-    try:
-        import fbgemm_gpu  # noqa: F401
-    except (ImportError, OSError):
-        return False
-    return hasattr(torch.ops.fbgemm, "split_embedding_codegen_lookup_rowwise_adagrad_function") or hasattr(
-        torch.ops.fbgemm, "split_embedding_codegen_lookup_rowwise_adagrad_function_cpu"
-    )
+LOOKUPS = {"fbgemm": FbgemmLookup, "reference": ReferenceLookup}

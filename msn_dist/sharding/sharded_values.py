@@ -36,7 +36,7 @@ from msn_dist.memory.health import MemoryHealth, SlotUsage
 from msn_dist.memory.values import MemoryValues
 from msn_dist.sharding.exchange import Exchange, scale_gradient
 from msn_dist.sharding.fused_optimizer import ValueFusedOptimizer
-from msn_dist.sharding.lookup import ValueOptimizer, make_lookup
+from msn_dist.sharding.lookup import LOOKUPS, ValueOptimizer
 
 
 @dataclass
@@ -73,7 +73,7 @@ class ShardedMemoryValues(ShardedModule[Hits, Tensor, Tensor, ExchangeContext], 
         self.exchange = Exchange(group)
         self.block, first_row, rows = shard_of(table.slots, group.size(), group.rank())
         self.row_dtype = torch.int32 if self.block < 2**31 else torch.int64
-        self.lookup = make_lookup(table.lookup, rows, table.dim, optimizer, device)
+        self.lookup = LOOKUPS[table.lookup_kind](rows, table.dim, optimizer, device)
         table.fill(self.lookup.weight_RD, first_row)
         self.usage = SlotUsage(rows, device)
         self.weight = nn.Parameter(self.lookup.weight_RD, requires_grad=False)

@@ -7,6 +7,7 @@ from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingEnv, ShardingType
 
+from msn_dist.errors import InputError
 from msn_dist.memory.values import MemoryValues
 from msn_dist.sharding.lookup import ValueOptimizer
 from msn_dist.sharding.sharded_values import ShardedMemoryValues
@@ -27,6 +28,9 @@ class MemoryValuesSharder(ModuleSharder[MemoryValues]):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedMemoryValues:
+        sharding = params["weight"].sharding_type
+        if sharding != ShardingType.ROW_WISE.value:
+            raise InputError(f"{module_fqn}: the plan shards memory values {sharding}; they can be row_wise only")
         return ShardedMemoryValues(module, env.process_group, self._optimizer, device or torch.device("cpu"))
 
     @property

@@ -29,8 +29,11 @@ def save_checkpoint(path: Path, model: DistributedModelParallel, optimizers: Opt
     dist.barrier(group=ranks.control)
     dcp.save(state, checkpoint_id=draft, process_group=ranks.control)
     if ranks.rank == 0:
-        shutil.rmtree(path, ignore_errors=True)
+        old = path.with_name(path.name + ".old")
+        if path.exists():
+            path.rename(old)
         draft.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
     dist.barrier(group=ranks.control)
 
 

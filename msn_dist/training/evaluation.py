@@ -44,7 +44,7 @@ def evaluate(
     model.eval()
     metrics = RankingMetrics(schema.labels, ranks.control)
     for batch, _ in in_step(data, schema, ranks.control):
-        batch = batch.to(ranks.device, non_blocking=True)
+        batch = batch.to(ranks.device)
         with autocast(ranks.device, precision):
             output = model(batch)
         metrics.update(output.logits_BK, batch.labels_BK, batch.groups_B)

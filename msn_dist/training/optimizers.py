@@ -36,11 +36,10 @@ class Optimizers:
         self._ids = [module.fused_optimizer for module in fused if not isinstance(module, ShardedMemoryValues)]
 
     def _adamw(self, parameters: list[torch.Tensor]) -> torch.optim.AdamW:
-        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-        others = [parameter for parameter in parameters if parameter.ndim <= 1]  # biases and norms do not decay
+        decaying = {parameter for name, parameter in self._dense_parameters.items() if _decays(name, parameter)}
         groups = [
-            {"params": matrices, "weight_decay": self._config.dense.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [p for p in parameters if p in decaying], "weight_decay": self._config.dense.weight_decay},
+            {"params": [p for p in parameters if p not in decaying], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW([group for group in groups if group["params"]], lr=self._config.dense.lr)
 
@@ -64,7 +63,7 @@ class Optimizers:
         step to `final_multiplier` at the last.
         """
         config = self._config
-        progress = min(1.0, step / max(1, self._total_steps))
+        progress = min(1.0, step / max(1, self._total_steps - 1))
         factor = 1.0
         if step < config.warmup_steps:
             factor = 0.001 + 0.999 * step / config.warmup_steps
@@ -83,7 +82,8 @@ class Optimizers:
 
         FBGEMM's own weight decay reaches the rows that a step reads only, and on a CPU not even those.
         """
-        torch._foreach_mul_(self._embeddings, (1 - self._config.ids.decay * factor) ** _FORGET_EVERY)
+        if self._embeddings:  # a rank may hold no table
+            torch._foreach_mul_(self._embeddings, (1 - self._config.ids.decay * factor) ** _FORGET_EVERY)
 
     def step(self) -> None:
         """Clip the dense gradients, which are the same on every rank, and step."""
@@ -93,3 +93,8 @@ class Optimizers:
 
     def zero_grad(self) -> None:
         self.dense.zero_grad(set_to_none=True)
+
+
+def _decays(name: str, parameter: torch.Tensor) -> bool:
+    """Matrices decay; biases and norms do not, nor do memory keys, whose scale a norm takes out again."""
+    return parameter.ndim > 1 and not name.rsplit(".", 1)[-1].startswith(("bias", "codes", "theta"))

@@ -56,9 +56,10 @@ def evaluate(run_path: Path, split: str = "test") -> dict[str, dict[str, float]]
     config = run.config()
     with joined_ranks(config.training) as ranks:
         schema = ranks.together(lambda: load_schema(config.data.path))
+        checkpoint = ranks.together(run.existing_checkpoint)
         data = open_split(split, config.data, schema, ranks)
         model, *_ = build_sharded_model(config, schema, ranks)
-        load_model(run.existing_checkpoint(), model, ranks)
+        load_model(checkpoint, model, ranks)
         metrics = evaluate_model(model, data, schema, ranks, config.training.precision)
         step = (run.summary() or {}).get("best_step", 0)
         Console(ranks.rank, 0, 1).evaluation({"split": split, "step": step, "metrics": metrics})

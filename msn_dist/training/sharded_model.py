@@ -42,6 +42,7 @@ def build_sharded_model(
         ranker, env=ranks.sharding_env(), device=ranks.device, plan=plan.sharding, sharders=sharders
     )
     _fill_id_tables(model, config)
+    torch.manual_seed((config.seed << 16) + ranks.rank)  # dropout, from here on: other masks on every rank
     return model, plan, counts
 
 

@@ -18,7 +18,7 @@ HEADLINE = ("auc", "gauc", "qauc", "logloss", "ne", "calibration")
 
 def summarise(trainer: Trainer, test: dict[str, dict[str, float]]) -> dict[str, Any]:
     """The content of summary.json; a collective call."""
-    config, ranks = trainer.config, trainer.ranks
+    config, ranks, seconds = trainer.config, trainer.ranks, trainer.watch.seconds()
     summary = {
         "name": config.name,
         "seed": config.seed,
@@ -27,8 +27,8 @@ def summarise(trainer: Trainer, test: dict[str, dict[str, float]]) -> dict[str, 
         "steps": trainer.step,
         "epochs": trainer.epoch + 1,
         "rows": trainer.rows,
-        "seconds": trainer.seconds,
-        "examples_per_second": trainer.rows / trainer.seconds,
+        "seconds": seconds,
+        "examples_per_second": trainer.rows / seconds,
         "git_commit": git_commit(),
         "versions": versions(),
         "parameters": trainer.parameters,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import Ranks
 from msn_dist.training.run_directory import RunDirectory
 from msn_dist.training.sharded_model import build_sharded_model, id_table_shards, sharded_memories
+from msn_dist.training.stopwatch import Stopwatch
 
 
 class Trainer:
@@ -42,12 +43,16 @@ class Trainer:
         embeddings = [shard for *_, shard in id_table_shards(self.model)]
         self.optimizers = Optimizers(self.model, embeddings, config.optimizer, self.total_steps)
         self.step = self.epoch = self.rows = 0
-        self.seconds = 0.0  # spent in training steps, evaluations left out
-        self.health: dict[str, MemoryHealth] = {}
+        self.watch = Stopwatch(ranks.device)  # training and its log; evaluations are left out
+        self.health: dict[str, MemoryHealth] = {}  # of the last full interval
         self.best: dict[str, Any] | None = None
+        self._validated_at: int | None = None
 
     def fit(self, console: Console) -> None:
         """Train to the last step; afterwards the model holds its best state."""
+        warmup = self.config.optimizer.warmup_steps
+        if warmup >= self.total_steps:
+            console.say(f"note: {self.total_steps} steps end within optimizer.warmup_steps={warmup}; rates stay low")
         self._interval = _Interval()
         for epoch in range(self.config.training.epochs):
             self.epoch = epoch
@@ -61,24 +66,22 @@ class Trainer:
         settings = self.config.training
         self.model.train()
         steps = in_step(self.train_data, self.schema, self.ranks.control)
-        start = time.perf_counter()
+        self.watch.start()
         for batch, rows in steps:
             self._interval.add(self._train_step(batch, rows), rows)
             self.step += 1
             self.rows += rows
             console.step(self.step)
             if self.step % settings.log_every == 0 or self._at_the_end():
-                self.seconds += time.perf_counter() - start
                 self._log(console)
-                start = time.perf_counter()
             if self._at_the_end():
                 break
             if settings.eval_every and self.step % settings.eval_every == 0:
-                self.seconds += time.perf_counter() - start
+                self.watch.stop()
                 self._validate(console)
                 self.model.train()
-                start = time.perf_counter()
-        self.seconds += time.perf_counter() - start
+                self.watch.start()
+        self.watch.stop()
         steps.close()
         self._validate(console)
 
@@ -89,10 +92,10 @@ class Trainer:
         since DistributedDataParallel averages gradients over ranks, each rank's share is scaled by W.
         """
         self.learning_rate = self.optimizers.set_rates(self.step)
-        batch = batch.to(self.ranks.device, non_blocking=True)
+        batch = batch.to(self.ranks.device)
         with autocast(self.ranks.device, self.config.training.precision):
             output = self.model(batch)
-        sums_K, _ = task_losses(output.logits_BK, batch.labels_BK)
+        sums_K = task_losses(output.logits_BK, batch.labels_BK)
         loss = (sums_K.sum() + output.auxiliary * len(batch)) * (self.ranks.world / rows)
         self.optimizers.zero_grad()
         loss.backward()
@@ -106,27 +109,38 @@ class Trainer:
         """One record; a collective call."""
         loss = self._interval.loss.double().cpu()
         dist.all_reduce(loss, group=self.ranks.control)
-        self.health = {name: values.health() for name, values in self.memories.items()}
+        health = {name: values.health() for name, values in self.memories.items()}
+        self._keep(health)
+        seconds = self.watch.seconds()
         record = {
             "kind": "train",
             "step": self.step,
             "epoch": self.epoch,
             "loss": float(loss) / self._interval.rows,
-            "examples_per_second": self._interval.rows / (self.seconds - self._interval.start),
-            "seconds": self.seconds,
+            "examples_per_second": self._interval.rows / (seconds - self._interval.start),
+            "seconds": seconds,
             "learning_rate": self.learning_rate,
         }
-        if self.health:
-            record["memory"] = {name: health.summary() for name, health in self.health.items()}
-        self._interval = _Interval(start=self.seconds)
+        if health:
+            record["memory"] = {name: layer.summary() for name, layer in health.items()}
+        self._interval = _Interval(start=seconds)
         if self.ranks.rank == 0:
             self.run.append(record)
         console.train(record)
 
+    def _keep(self, health: dict[str, MemoryHealth]) -> None:
+        """For the summary: the last full interval, as the one that ends the run may be a step long."""
+        if not self.health or self.step % self.config.training.log_every == 0:
+            self.health = health
+        for name, layer in health.items():
+            ever = {"used_share": layer.used_share, "dead_slots": layer.dead_slots}
+            self.health[name] = replace(self.health[name], **ever)
+
     def _validate(self, console: Console) -> None:
         """Evaluate on the valid split; keep the state if it is the best so far."""
-        if self.best is not None and self.best["step"] == self.step:
+        if self._validated_at == self.step:  # an interval ended with the epoch
             return
+        self._validated_at = self.step
         metrics = self.evaluate("valid", self.valid_data, console)
         auc = metrics[self.schema.labels[0]]["auc"]
         if self.best is None or auc > self.best["auc"] or math.isnan(self.best["auc"]):
