@@ -1,12 +1,8 @@
-"""Whole training: the same at any world size, rates, checkpoints, bytes on the wire, the run directory."""
+"""Training is the same at any world size; so are checkpoints, and the bytes on the wire are those of the formula."""
 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,64 +10,32 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_data import ROW_GROUPS, SCHEMA, write_data
 from torch import Tensor, nn
 from torchrec.distributed.comm_ops import set_use_sync_collectives
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from msn_dist.config import (
     DLRMConfig,
-    MemoryConfig,
-    OptimizerConfig,
-    RankMixerConfig,
     RunConfig,
-    dump_config,
-    load_config,
 )
 from msn_dist.data.batch import Batch
 from msn_dist.data.row_group import RowGroup, open_file, read_row_group
 from msn_dist.data.table import as_batch
 from msn_dist.errors import InputError
-from msn_dist.models.ranker import Ranker
 from msn_dist.planner import plan
-from msn_dist.training import run
 from msn_dist.training.checkpoint import load_model, save_checkpoint
 from msn_dist.training.evaluation import evaluate, open_split
-from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import Ranks
 from msn_dist.training.run_directory import RunDirectory
 from msn_dist.training.sharded_model import build_sharded_model, id_table_shards, sharded_memories
-from msn_dist.training.summary import HEADLINE
 from msn_dist.training.trainer import Trainer
 from ranks import run_ranks
+from tiny_data import MODELS, ROW_GROUPS, SCHEMA, config_of, write_data
 
-ROOT = Path(__file__).parent.parent
-MEMORY = {"sub_keys": 9, "top_k": 4, "heads": 2, "key_dim": 8}  # 81 slots: neither 2 nor 4 ranks divide them
-RANKMIXER = {"backbone": "rankmixer", "tokens": 2, "width": 16, "embedding_dim": 8}
-MODELS = {
-    "msn_ffn": RANKMIXER | {"layers": 3, "memory_layers": [0, 2], "attention": True},
-    # The balance loss belongs to each rank's own rows, so with it world sizes differ by intent.
-    "msn_smoe": RANKMIXER | {"block": "msn_smoe", "layers": 1, "balance_weight": 0.0},
-    "dlrm": {"backbone": "dlrm", "hidden": [16], "tokens": 2, "width": 16, "embedding_dim": 8},
-}
 STEPS = [40, 30, 7, 33, 24, 40]  # rows of each global batch
 EMPTY_STEP = 3  # in which the last rank has no rows
 TABLES = ["user", "item", "layer0"]  # of the dlrm
 Parts = dict[tuple[str, int], Tensor]  # (table, first row) -> the rows that a rank holds
-
-
-def config_of(data: Path, model: str, **changes: Any) -> RunConfig:
-    tree = {
-        "name": model,
-        "seed": 5,
-        "data": {"path": str(data), "batch_size": 40},
-        "model": MODELS[model],
-        "memory": MEMORY,
-        "optimizer": {"ids": {"init_std": 0.1, "decay": 0.001}, "warmup_steps": 2},
-        "training": {"device": "cpu", "max_steps": len(STEPS)},  # one schedule, however many steps an epoch takes
-    }
-    return RunConfig.model_validate(tree | changes)
 
 
 def rows_of_ranks(rows: int, world: int, step: int) -> list[slice]:
@@ -165,6 +129,9 @@ def at_one_world_size(rank: int, world: int, folder: Path) -> dict[str, Any]:
         batches = batches_of_rank(data, world, rank)
         runs = [train_steps(Trainer(dropout, SCHEMA, RunDirectory(folder), ranks), batches) for _ in range(2)]
         found["with dropout"] = [run["losses"] for run in runs]
+        for model in MODELS:
+            mixed = config_of(data, model, training={"device": "cpu", "max_steps": len(STEPS), "precision": "bf16"})
+            found["bf16", model] = train_steps(Trainer(mixed, SCHEMA, RunDirectory(folder), ranks), batches)["losses"]
         gc.collect()
     for model in MODELS:
         trainer = Trainer(config_of(data, model), SCHEMA, RunDirectory(folder), ranks)
@@ -249,6 +216,13 @@ def test_dropout_follows_the_seed_and_a_run_repeats_bit_for_bit(found) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_mixed_precision_trains_to_nearly_the_same_losses(model: str, found) -> None:
+    for of_rank in found[2]:
+        assert of_rank["bf16", model] != of_rank[model]["losses"]
+        assert of_rank["bf16", model] == pytest.approx(of_rank[model]["losses"], rel=0.03)
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_the_bytes_sent_are_those_of_row_pooled(model: str, found) -> None:
     assert of(found, 1, model, "bytes") == [Counter()]
     for world in (2, 3, 4):
@@ -283,129 +257,3 @@ def test_tables_learn_at_their_own_rates(world: int, found) -> None:
 def test_a_memory_that_leaves_a_rank_without_rows_is_refused_on_every_rank(found) -> None:
     refusal = "a memory of 4 slots leaves rank 2 of 3 without rows: use fewer ranks, or more memory.sub_keys"
     assert [of_rank["refusal"] for of_rank in found[3]] == [refusal] * 3
-
-
-def test_rates_warm_up_then_fall_and_the_multiplier_of_the_values_decays() -> None:
-    config = OptimizerConfig.model_validate(
-        {
-            "dense": {"lr": 1.0},
-            "ids": {"lr": 3.0},
-            "values": {"multiplier": 10.0, "final_multiplier": 2.0},
-            "warmup_steps": 10,
-        }
-    )
-    model = nn.ModuleDict({"module": nn.Linear(1, 1)})
-    rates = Optimizers(model, [], config, total_steps=110).rates
-    assert rates(0) == pytest.approx((0.001, 0.003, 0.01))
-    assert rates(5) == pytest.approx((0.5005, 3 * 0.5005, 0.5005 * (10 - 8 * 5 / 109)))
-    assert rates(10) == pytest.approx((1.0, 3.0, 10 - 8 * 10 / 109))
-    assert rates(60) == pytest.approx((0.5, 1.5, 0.5 * (10 - 8 * 60 / 109)))
-    assert rates(109) == pytest.approx((0.01, 0.03, 0.02))
-
-    assert rates(500) == pytest.approx((0.0, 0.0, 0.0))
-
-    constant = config.model_copy(update={"schedule": "constant"})
-    optimizers = Optimizers(model, [], constant, total_steps=110)
-    assert optimizers.rates(109)[:2] == (1.0, 3.0)
-    assert optimizers.set_rates(5) == optimizers.rates(5)[0] == optimizers.dense.param_groups[0]["lr"]
-
-
-def test_biases_norms_and_memory_keys_do_not_decay_and_a_rank_without_id_tables_has_nothing_to_forget() -> None:
-    config = OptimizerConfig.model_validate({"dense": {"weight_decay": 0.1}, "ids": {"decay": 0.5}})
-    memory = MemoryConfig(sub_keys=8, top_k=4, key_dim=4)
-    ranker = Ranker(SCHEMA, RankMixerConfig(tokens=2, width=16, layers=1), memory, seed=0)
-    optimizers = Optimizers(nn.ModuleDict({"module": ranker}), [], config, total_steps=10)
-    optimizers.set_rates(0)
-    names = {parameter: name for name, parameter in ranker.named_parameters()}
-    decaying = {names[p] for group in optimizers.dense.param_groups if group["weight_decay"] for p in group["params"]}
-    kinds = {name.rsplit(".", 1)[-1] for name in decaying}
-    assert kinds == {"weight", "weight_TIO"}
-    assert not {name for name in decaying if "norm" in name}
-
-
-@pytest.fixture(scope="module")
-def finished(folder: Path) -> RunDirectory:
-    """A run of two epochs by the real command, on two ranks with 150 and 100 rows an epoch: 8 and 5 batches."""
-    settings = {"device": "cpu", "epochs": 2, "log_every": 7}
-    (folder / "config.yaml").write_text(dump_config(config_of(folder / "data", "msn_ffn", training=settings)))
-    command = ["train", str(folder / "config.yaml"), "seed=6", "--nproc", "2", "--out", str(folder / "run")]
-    result = subprocess.run(
-        [sys.executable, "-m", "msn_dist.launch", *command],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    return RunDirectory.open(folder / "run")
-
-
-def test_a_run_keeps_its_resolved_settings_and_plan(folder: Path, finished: RunDirectory) -> None:
-    assert finished.config() == load_config(folder / "config.yaml", ["seed=6"])
-    tables = {table["table"]: table for table in json.loads((finished.path / "plan.json").read_text())["tables"]}
-    assert tables["user"]["sharding"] == "table_wise"
-    assert tables["item"]["rows_per_rank"] == [15, 15], "attention reads it, so every rank must hold a part"
-    assert all(sum(table["rows_per_rank"]) == table["rows"] for table in tables.values())
-    assert "memory.values" in finished.plan_text()
-
-
-def test_a_run_records_training_and_evaluations_to_the_last_step(finished: RunDirectory) -> None:
-    train, evaluations = finished.records("train"), finished.records("eval")
-    assert [(record["step"], record["epoch"]) for record in train] == [(7, 0), (14, 1), (16, 1)]
-    assert all(set(record["memory"]) == {"layer0", "layer2"} for record in train)
-    assert all(record["loss"] > 0 and record["examples_per_second"] > 0 for record in train)
-    best = finished.summary()["best_step"]
-    assert [(r["split"], r["step"]) for r in evaluations] == [("valid", 8), ("valid", 16), ("test", best)]
-    assert [list(record["metrics"]) for record in evaluations] == [SCHEMA.labels] * 3
-
-    events = EventAccumulator(str(finished.path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [7, 14, 16]
-    assert [event.step for event in events.Scalars("valid/view/auc")] == [8, 16]
-
-
-def test_the_summary_of_a_run_has_every_number(finished: RunDirectory) -> None:
-    summary = finished.summary()
-    known = {"name": "msn_ffn", "seed": 6, "world_size": 2, "device": "cpu", "steps": 16, "epochs": 2, "rows": 500}
-    assert {key: summary[key] for key in known} == known
-    for split, rows in (("valid", 80), ("test", 120)):
-        assert all(0 < summary[split][name] < 2 for name in HEADLINE)
-        assert summary[split]["tasks"]["view"]["rows"] == rows > summary[split]["tasks"]["like"]["rows"] > 0
-    parameters = summary["parameters"]
-    assert parameters["memory_values"] == 2 * 81 * 16 and parameters["id_tables"] == 70 * 8
-    assert parameters["total"] == parameters["dense"] + parameters["id_tables"] + parameters["memory_values"]
-    assert 0 < parameters["activated"] < parameters["total"]
-    memory = summary["memory"]
-    assert memory["slots"] == 162 and 0.5 < memory["used_share"] <= 1 and 0 < memory["entropy_ratio"] <= 1
-    assert 1 <= memory["owner_load_max_over_mean"] <= 2
-    assert summary["examples_per_second"] == pytest.approx(500 / summary["seconds"])
-    assert summary["versions"]["torch"] == torch.__version__ and len(summary["git_commit"]) in (40, 64)
-
-
-def test_the_summary_counts_every_byte_between_ranks(finished: RunDirectory) -> None:
-    sent = finished.summary()["bytes_sent"]
-    layers, tokens, width = 2, 2, 16
-    bags = layers * tokens * (500 + 2 * 80 + 120)  # training, two evaluations of valid, one of test
-    steps = layers * (16 + 2 * 3 + 4)
-    away = sent.pop("rows"), sent.pop("weights")
-    assert away[0] == away[1] and 0.3 < away[0] / (bags * 8 * 4) < 0.7  # 8 hits a bag, about half of them remote
-    assert 0.3 < sent.pop("weights_gradient") / (layers * tokens * 500 * 8 * 4) < 0.7
-    assert sent == {
-        "counts": steps * 2 * 16,
-        "lengths": bags,
-        "pooled": bags * width * 4,
-        "pooled_gradient": layers * tokens * 500 * width * 4,
-    }
-
-
-def test_a_run_leaves_a_report(finished: RunDirectory) -> None:
-    report = finished.report.read_text()
-    assert "Ranking quality" in report and "Load of each owner" in report and "<svg" in report
-
-
-@pytest.mark.parametrize("split", ["valid", "test"])
-def test_evaluating_a_run_on_one_rank_repeats_the_metrics_of_two(split: str, finished: RunDirectory) -> None:
-    metrics = run.evaluate(finished.path, split)
-    for task, expected in finished.summary()[split]["tasks"].items():
-        assert metrics[task] == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,116 @@
+"""A whole run by the real command: what its directory holds, and what `evaluate` makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from msn_dist.config import dump_config, load_config
+from msn_dist.training import run
+from msn_dist.training.run_directory import RunDirectory
+from msn_dist.training.summary import HEADLINE
+from tiny_data import SCHEMA, config_of, write_data
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    write_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> RunDirectory:
+    """A run of two epochs by the real command, on two ranks with 150 and 100 rows an epoch: 8 and 5 batches."""
+    settings = {"device": "cpu", "epochs": 2, "log_every": 7}
+    (folder / "config.yaml").write_text(dump_config(config_of(folder / "data", "msn_ffn", training=settings)))
+    command = ["train", str(folder / "config.yaml"), "seed=6", "--nproc", "2", "--out", str(folder / "run")]
+    result = subprocess.run(
+        [sys.executable, "-m", "msn_dist.launch", *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return RunDirectory.open(folder / "run")
+
+
+def test_a_run_keeps_its_resolved_settings_and_plan(folder: Path, finished: RunDirectory) -> None:
+    assert finished.config() == load_config(folder / "config.yaml", ["seed=6"])
+    tables = {table["table"]: table for table in json.loads((finished.path / "plan.json").read_text())["tables"]}
+    assert tables["user"]["sharding"] == "table_wise"
+    assert tables["item"]["rows_per_rank"] == [15, 15], "attention reads it, so every rank must hold a part"
+    assert all(sum(table["rows_per_rank"]) == table["rows"] for table in tables.values())
+    assert "memory.values" in finished.plan_text()
+
+
+def test_a_run_records_training_and_evaluations_to_the_last_step(finished: RunDirectory) -> None:
+    train, evaluations = finished.records("train"), finished.records("eval")
+    assert [(record["step"], record["epoch"]) for record in train] == [(7, 0), (14, 1), (16, 1)]
+    assert all(set(record["memory"]) == {"layer0", "layer2"} for record in train)
+    assert all(record["loss"] > 0 and record["examples_per_second"] > 0 for record in train)
+    best = finished.summary()["best_step"]
+    assert [(r["split"], r["step"]) for r in evaluations] == [("valid", 8), ("valid", 16), ("test", best)]
+    assert [list(record["metrics"]) for record in evaluations] == [SCHEMA.labels] * 3
+
+    events = EventAccumulator(str(finished.path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [7, 14, 16]
+    assert [event.step for event in events.Scalars("valid/view/auc")] == [8, 16]
+
+
+def test_the_summary_of_a_run_has_every_number(finished: RunDirectory) -> None:
+    summary = finished.summary()
+    known = {"name": "msn_ffn", "seed": 6, "world_size": 2, "device": "cpu", "steps": 16, "epochs": 2, "rows": 500}
+    assert {key: summary[key] for key in known} == known
+    for split, rows in (("valid", 80), ("test", 120)):
+        assert all(0 < summary[split][name] < 2 for name in HEADLINE)
+        assert summary[split]["tasks"]["view"]["rows"] == rows > summary[split]["tasks"]["like"]["rows"] > 0
+    parameters = summary["parameters"]
+    assert parameters["memory_values"] == 2 * 81 * 16 and parameters["id_tables"] == 70 * 8
+    assert parameters["total"] == parameters["dense"] + parameters["id_tables"] + parameters["memory_values"]
+    assert 0 < parameters["activated"] < parameters["total"]
+    memory = summary["memory"]
+    assert memory["slots"] == 162 and 0.5 < memory["used_share"] <= 1 and 0 < memory["entropy_ratio"] <= 1
+    assert 1 <= memory["owner_load_max_over_mean"] <= 2
+    assert summary["examples_per_second"] == pytest.approx(500 / summary["seconds"])
+    assert summary["versions"]["torch"] == torch.__version__ and len(summary["git_commit"]) in (40, 64)
+
+
+def test_the_summary_counts_every_byte_between_ranks(finished: RunDirectory) -> None:
+    sent = finished.summary()["bytes_sent"]
+    layers, tokens, width = 2, 2, 16
+    bags = layers * tokens * (500 + 2 * 80 + 120)  # training, two evaluations of valid, one of test
+    steps = layers * (16 + 2 * 3 + 4)
+    away = sent.pop("rows"), sent.pop("weights")
+    assert away[0] == away[1] and 0.3 < away[0] / (bags * 8 * 4) < 0.7  # 8 hits a bag, about half of them remote
+    assert 0.3 < sent.pop("weights_gradient") / (layers * tokens * 500 * 8 * 4) < 0.7
+    assert sent == {
+        "counts": steps * 2 * 16,
+        "lengths": bags,
+        "pooled": bags * width * 4,
+        "pooled_gradient": layers * tokens * 500 * width * 4,
+    }
+
+
+def test_a_run_leaves_a_report(finished: RunDirectory) -> None:
+    report = finished.report.read_text()
+    assert "Ranking quality" in report and "Load of each owner" in report and "<svg" in report
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_evaluating_a_run_on_one_rank_repeats_the_metrics_of_two(split: str, finished: RunDirectory) -> None:
+    metrics = run.evaluate(finished.path, split)
+    for task, expected in finished.summary()[split]["tasks"].items():
+        assert metrics[task] == pytest.approx(expected, rel=1e-5)
