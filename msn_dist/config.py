@@ -129,30 +129,29 @@ class RankMixerConfig(Part):
         return self
 
 
-class DLRMConfig(Part):
-    """DLRM-MLP baseline: concatenated features through an MLP; carries a memory if one is configured."""
+class BaselineConfig(Part):
+    """What the baselines share: an MLP, and the tokens that read the memory if one is configured."""
 
-    backbone: Literal["dlrm"]
     hidden: list[PositiveInt] = [400, 400, 400]
     tokens: PositiveInt = Field(8, description="T, tokens that read the memory, if there is one")
     width: PositiveInt = Field(64, description="D, width of those tokens")
     embedding_dim: PositiveInt = 16
-    attention: bool = False
+    attention: bool = Field(False, description="target attention over the histories, beside their mean")
     dropout: Fraction = 0.0
 
 
-class DCNv2Config(Part):
-    """DCNv2 baseline: cross layers beside an MLP; carries a memory if one is configured."""
+class DLRMConfig(BaselineConfig):
+    """DLRM-MLP: concatenated features through an MLP."""
+
+    backbone: Literal["dlrm"]
+
+
+class DCNv2Config(BaselineConfig):
+    """DCNv2: cross layers beside an MLP."""
 
     backbone: Literal["dcnv2"]
     cross_layers: PositiveInt = 3
     cross_rank: PositiveInt | None = Field(None, description="rank of the cross matrices; null: full")
-    hidden: list[PositiveInt] = [400, 400, 400]
-    tokens: PositiveInt = Field(8, description="T, tokens that read the memory, if there is one")
-    width: PositiveInt = Field(64, description="D, width of those tokens")
-    embedding_dim: PositiveInt = 16
-    attention: bool = False
-    dropout: Fraction = 0.0
 
 
 _BACKBONES = {"rankmixer": RankMixerConfig, "dlrm": DLRMConfig, "dcnv2": DCNv2Config}
