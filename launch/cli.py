@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -32,6 +33,13 @@ app = typer.Typer(
 )
 prepare = typer.Typer(help="Write a data set as the Parquet folders that configs read.", no_args_is_help=True)
 app.add_typer(prepare, name="prepare")
+
+
+class Split(StrEnum):
+    train = "train"
+    valid = "valid"
+    test = "test"
+
 
 Target = Annotated[Path, typer.Argument(help="Folder to write; left alone if it is up to date.")]
 
@@ -95,12 +103,15 @@ def train(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    split: Annotated[Split, typer.Option(help="Rows to evaluate on.")] = "test",
 ) -> None:
-    """Print the metrics of a trained model, in as many processes as started this."""
+    """Print the metrics of a trained model.
+
+    On several ranks, start it by torchrun: torchrun --nproc-per-node 2 -m msn_dist.launch evaluate RUN
+    """
     from msn_dist.training import run as training
 
-    training.evaluate(run, split)
+    training.evaluate(run, Split(split).value)
 
 
 @app.command()

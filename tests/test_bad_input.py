@@ -93,7 +93,11 @@ CASES = {
         "{data}/train/part-0.parquet: cannot be read as Parquet, truncated or corrupt ",
     ),
     "empty split": (without_rows, [], "{data}/valid: the split has no rows (files: 1); "),
-    "no schema": (lambda data: (data / "schema.yaml").unlink(), [], "{data}/schema.yaml: cannot read this file "),
+    "no data set": (
+        lambda data: (data / "schema.yaml").unlink(),
+        [],
+        "{data}: no schema.yaml here; write the data by `msn prepare`, or correct data.path",
+    ),
     "batch too small": (
         lambda data: None,
         ["data.batch_size=1"],

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field, PositiveInt, model_validator
 
 from msn_dist.config import Part, parse, read_yaml
+from msn_dist.errors import InputError
 
 
 class History(Part):
@@ -61,4 +62,6 @@ class Schema(Part):
 def load_schema(folder: str | Path) -> Schema:
     """Read ``schema.yaml`` of a prepared data folder; InputError says what is wrong with it."""
     path = Path(folder) / "schema.yaml"
+    if not path.exists():
+        raise InputError(f"{folder}: no schema.yaml here; write the data by `msn prepare`, or correct data.path")
     return parse(Schema, read_yaml(path), str(path))

@@ -41,15 +41,15 @@ class Plan:
         return {"world_size": self.world_size, "tables": [asdict(table) for table in self.tables]}
 
     def __str__(self) -> str:
-        """An 80-column table."""
-        lines = [f"{'table':34}{'rows':>12}{'dim':>6}  {'sharding':11}rows per rank"]
+        """One line a table."""
+        width = max((len(t.module) + len(t.table) for t in self.tables), default=0) + 3
+        lines = [f"{'table':{width}}{'rows':>14}{'dim':>6}  {'sharding':12}rows per rank"]
         for t in self.tables:
-            name = f"{t.module}.{t.table}"
             held = t.rows_per_rank
-            spread = str(held[0]) if len(set(held)) == 1 else f"{min(held)} to {max(held)}"
+            spread = f"{held[0]:,}" if len(set(held)) == 1 else f"{min(held):,} to {max(held):,}"
             if t.sharding == "table_wise":
                 spread = f"all on rank {held.index(t.rows)}"
-            lines.append(f"{name[-33:]:34}{t.rows:>12,}{t.dim:>6}  {t.sharding:11}{spread}")
+            lines.append(f"{t.module + '.' + t.table:{width}}{t.rows:>14,}{t.dim:>6}  {t.sharding:12}{spread}")
         return "\n".join(lines)
 
 

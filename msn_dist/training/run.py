@@ -28,6 +28,8 @@ def train(config: RunConfig, run_path: Path) -> None:
     Raises InputError, on every rank, for bad data, settings that do not fit the world size, or a
     run directory that is in use.
     """
+    data = config.data.model_copy(update={"path": str(Path(config.data.path).resolve())})
+    config = config.model_copy(update={"data": data})  # so that the run can be evaluated from any folder
     with joined_ranks(config.training) as ranks:
         schema = ranks.together(lambda: load_schema(config.data.path))
         run = RunDirectory(run_path)
