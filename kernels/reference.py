@@ -55,10 +55,30 @@ def weighted_bags(values_RD: Tensor, rows_H: Tensor, offsets_G1: Tensor, weights
     return values_RD.new_zeros(bags, values_RD.shape[1]).index_add(0, bag_of_H, hits_HD)
 
 
-def rowwise_adagrad_(values_RD: Tensor, moment_R: Tensor, gradient_RD: Tensor, lr: float, eps: float) -> None:
+def weights_gradient(values_RD: Tensor, rows_H: Tensor, offsets_G1: Tensor, gradient_GD: Tensor) -> Tensor:
+    """gradient_H of the weights of `weighted_bags`: the product of each hit's row with its bag's gradient."""
+    bags = len(offsets_G1) - 1
+    bag_of_H = torch.repeat_interleave(torch.arange(bags, device=rows_H.device), offsets_G1.diff())
+    return (gradient_GD[bag_of_H] * values_RD[rows_H]).sum(1)
+
+
+def mean_square(gradient_RD: Tensor) -> Tensor:
+    """Mean over the columns of the squares of each row [R]."""
+    return gradient_RD.square().mean(dim=1)
+
+
+def rowwise_adagrad_(
+    values_RD: Tensor,
+    moment_R: Tensor,
+    gradient_RD: Tensor,
+    lr: float,
+    eps: float,
+    mean_square_R: Tensor | None = None,
+) -> None:
     """One step of row-wise Adagrad, in place: m += mean_d(g^2); v -= lr * g / (sqrt(m) + eps).
 
-    As FBGEMM's EXACT_ROWWISE_ADAGRAD; a row without a gradient stays as it is.
+    As FBGEMM's EXACT_ROWWISE_ADAGRAD; a row without a gradient stays as it is.  `mean_square_R` is given where
+    values_RD holds some columns of the rows only.
     """
-    moment_R += gradient_RD.square().mean(dim=1)
+    moment_R += mean_square(gradient_RD) if mean_square_R is None else mean_square_R
     values_RD -= lr * gradient_RD / (moment_R.sqrt() + eps)[:, None]

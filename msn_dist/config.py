@@ -22,6 +22,11 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
+Strategy = Literal[
+    "row_pooled", "row_pooled_sparse", "row_gather", "row_gather_unique", "two_level", "column", "replicated"
+]
+
+
 class Part(BaseModel):
     """Base of every configuration object: unknown keys and loose types are errors."""
 
@@ -52,7 +57,14 @@ class MemoryConfig(Part):
     value_init_std: NonNegativeFloat | None = Field(None, description="null: value_dim ** -0.5")
     share: Literal["all", "group", "token"] = Field("all", description="which tokens read the same slots")
     groups: PositiveInt | None = Field(None, description="number of token groups, with share: group")
-    lookup: Literal["fbgemm", "reference"] = Field("fbgemm", description="back end of the sharded table's lookup")
+    strategy: Strategy = Field("row_pooled", description="how a table over several ranks is read (README)")
+    wire: Literal["fp32", "bf16", "fp16", "int8"] = Field(
+        "fp32", description="what values and their gradients travel as; 16 bits and less take the weights along in 16"
+    )
+    chunks: PositiveInt = Field(1, description="parts of a batch whose exchange hides behind the retrieval of the next")
+    lookup: Literal["auto", "fbgemm", "reference"] = Field(
+        "auto", description="back end of the sharded table's lookup; auto: fbgemm where the strategy can use it"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> MemoryConfig:
@@ -63,6 +75,11 @@ class MemoryConfig(Part):
             )
         if self.value_dim is not None and self.value_dim % 4:
             raise ValueError(f"value_dim={self.value_dim} is not a multiple of 4, as the lookup needs")
+        if self.lookup == "fbgemm" and self.strategy in ("column", "replicated"):
+            raise ValueError(
+                f"lookup: fbgemm cannot serve strategy: {self.strategy}, whose optimizer step takes part of every row "
+                "from other ranks; leave lookup out"
+            )
         if (self.groups is not None) != (self.share == "group"):
             raise ValueError("groups and share: group belong together; set both or neither")
         return self

@@ -80,6 +80,7 @@ def _rank(
             warnings.simplefilter("error", UserWarning)
             # torchrec 1.6 on torch 2.11, whenever it makes a ShardingEnv
             warnings.filterwarnings("ignore", "`_get_pg_default_device` will be deprecated", UserWarning)
+            warnings.filterwarnings("ignore", "Multiple backends are registered", UserWarning)
             torch.save(function(rank, world_size, *args), folder / f"{rank}.result")
     except BaseException:
         (folder / f"{rank}.error").write_text(f"rank {rank} of {world_size} failed\n{traceback.format_exc()}")

@@ -143,11 +143,11 @@ def test_placement_spreads_the_slots_of_one_sub_key_over_all_owners() -> None:
 
 def test_initial_values_do_not_depend_on_how_rows_are_cut() -> None:
     whole = MemoryValues(1000, 12, init_std=0.5, seed=4).weight.detach()
-    parts = [
-        initial_values(Placement.permuted(1000), first, rows, 12, std=0.5, seed=4, out=torch.full((rows, 12), math.nan))
-        for first, rows in [(0, 1), (1, 332), (333, 667)]
-    ]
-    assert torch.equal(torch.cat(parts), whole)
+    found = torch.full_like(whole, math.nan)
+    for rows, columns in [((0, 1), (0, 12)), ((1, 333), (0, 12)), ((333, 1000), (0, 5)), ((333, 1000), (5, 12))]:
+        part = found[slice(*rows), slice(*columns)]
+        initial_values(Placement.permuted(1000), rows[0], part, std=0.5, seed=4, first_column=columns[0])
+    assert torch.equal(found, whole)
     assert abs(whole.mean()) < 0.02 and abs(whole.std() - 0.5) < 0.01
     assert not torch.equal(whole, MemoryValues(1000, 12, init_std=0.5, seed=5).weight)
     assert len(whole.unique()) > 11_000  # rows and columns differ

@@ -45,7 +45,7 @@ SUMMARY = {
     "valid": METRICS,
     "test": METRICS | {"auc": 0.7205},
     "memory": {"slots": 4096, "used_share": 0.976},
-    "bytes_sent": {"slots": 3 * 2**20, "weights": 2**20},
+    "bytes_sent": {"forward": {"hits": 3 * 2**20}, "backward": {"hits_gradient": 2**20}},
 }
 
 
@@ -119,7 +119,7 @@ def test_finished_run_shows_every_part_and_loads_nothing(tmp_path: Path) -> None
         "9.31M 1.2M active per row",
         "4.1k 97.6% used",
         "layer1 50% layer3 50%",
-        "slots 3 MiB 75%",
+        "forward: hits 3 MiB 75%",
         "memory.values row_wise <2 ranks>",
         "0123456789ab",
         "2.13.0+cpu",

@@ -89,19 +89,20 @@ def test_the_summary_of_a_run_has_every_number(finished: RunDirectory) -> None:
 
 
 def test_the_summary_counts_every_byte_between_ranks(finished: RunDirectory) -> None:
-    sent = finished.summary()["bytes_sent"]
+    summary = finished.summary()
+    sent, backward = summary["bytes_sent"]["forward"], summary["bytes_sent"]["backward"]
     layers, tokens, width = 2, 2, 16
     bags = layers * tokens * (500 + 2 * 80 + 120)  # training, two evaluations of valid, one of test
     steps = layers * (16 + 2 * 3 + 4)
-    away = sent.pop("rows"), sent.pop("weights")
-    assert away[0] == away[1] and 0.3 < away[0] / (bags * 8 * 4) < 0.7  # 8 hits a bag, about half of them remote
-    assert 0.3 < sent.pop("weights_gradient") / (layers * tokens * 500 * 8 * 4) < 0.7
-    assert sent == {
-        "counts": steps * 2 * 16,
-        "lengths": bags,
-        "pooled": bags * width * 4,
-        "pooled_gradient": layers * tokens * 500 * width * 4,
-    }
+    assert 0.3 < sent.pop("hits") / (bags * 8 * 8) < 0.7  # 8 hits a bag, about half of them remote
+    assert 0.3 < backward.pop("hits_gradient") / (layers * tokens * 500 * 8 * 4) < 0.7
+    assert sent == {"counts": steps * 2 * 16, "lengths": bags, "pooled": bags * width * 4}
+    assert backward == {"pooled_gradient": layers * tokens * 500 * width * 4}
+    assert summary["header_bytes"] == steps * 2 * 16 + bags
+    (own0, to1), (to0, own1) = summary["bytes_between_ranks"]
+    assert own0 == own1 == 0 and to0 > 0 < to1
+    assert all(record["exchange"]["bytes_per_step"] > 0 for record in finished.records("train"))
+    assert all(0 <= record["exchange"]["hidden_share"] <= 1 for record in finished.records("train"))
 
 
 def test_a_run_leaves_a_report(finished: RunDirectory) -> None:

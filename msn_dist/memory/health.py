@@ -51,6 +51,12 @@ class SlotUsage:
         self.window_R = torch.zeros(rows, dtype=torch.int32, device=device)
         self.ever_R = torch.zeros(rows, dtype=torch.bool, device=device)
 
+    def rows(self, block: slice) -> SlotUsage:
+        """The counters of some of the rows, in the same memory."""
+        part = SlotUsage.__new__(SlotUsage)
+        part.window_R, part.ever_R = self.window_R[block], self.ever_R[block]
+        return part
+
     @torch.no_grad()
     def count(self, rows_H: Tensor) -> None:
         """Count one hit on each of these local rows (repeats count again)."""

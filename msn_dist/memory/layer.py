@@ -9,13 +9,13 @@ from msn_dist.config import MemoryConfig
 from msn_dist.errors import InputError
 from msn_dist.memory.gate import Gate
 from msn_dist.memory.product_keys import ProductKeys
-from msn_dist.memory.values import MemoryValues
+from msn_dist.memory.values import MemoryValues, ValueSharding
 
 
 class Memory(nn.Module):
     """x~ = gate(x, sum over heads and hits of w_j V[r_j]) for every token of every sample.
 
-    Shape suffixes: B samples, T tokens, D width, H heads, K hits of a head, L = H * K.
+    Shape suffixes: B samples, T tokens, D width, H heads, K hits of a head, L = H * K, M = B * T bags, V value width.
 
     Args:
         tokens: T, number of tokens of a sample.
@@ -40,16 +40,25 @@ class Memory(nn.Module):
             value_dim,
             init_std=config.value_init_std if config.value_init_std is not None else value_dim**-0.5,
             seed=seed,
-            lookup=config.lookup,
+            sharding=ValueSharding(config.strategy, config.wire, config.lookup),
             device=device,
         )
         self.gate = Gate(config.gate, width, value_dim)
         self.tokens_per_group, self.slots_per_group = tokens // groups, config.sub_keys**2
+        self.chunks = config.chunks
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.chunks == 1:
+            pooled_MV = self.values(*self.retrieve(x_BTD))
+        else:  # by rows of the batch: the messages of one chunk travel while the next one is retrieved
+            chunks = x_BTD.tensor_split(self.chunks)
+            pooled_MV = torch.cat(self.values.pooled_in_chunks(self.retrieve(chunk) for chunk in chunks))
+        return self.gate(x_BTD, pooled_MV.unflatten(0, x_BTD.shape[:2]))
+
+    def retrieve(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """slots_ML (int64) and weights_ML of the M = B * T bags."""
         slots_BTHK, weights_BTHK = self.keys(x_BTD)
         # one table for all groups: slot id + group * n
         group_T = torch.arange(x_BTD.shape[1], device=x_BTD.device) // self.tokens_per_group
         slots_BTHK = slots_BTHK + (group_T * self.slots_per_group)[:, None, None]
-        pooled_MV = self.values(slots_BTHK.flatten(2).flatten(0, 1), weights_BTHK.flatten(2).flatten(0, 1))
-        return self.gate(x_BTD, pooled_MV.unflatten(0, x_BTD.shape[:2]))
+        return slots_BTHK.flatten(2).flatten(0, 1), weights_BTHK.flatten(2).flatten(0, 1)

@@ -42,24 +42,24 @@ class Placement:
 
 
 def initial_values(
-    placement: Placement, first_row: int, rows: int, dim: int, *, std: float, seed: int, out: Tensor
-) -> Tensor:
-    """Fill out_RD with the initial values of rows first_row to first_row + rows - 1.
+    placement: Placement, first_row: int, out_RC: Tensor, *, std: float, seed: int, first_column: int = 0
+) -> None:
+    """Fill out_RC with the initial values of the rows and columns that begin there.
 
     A value depends on (seed, slot, column) alone: it is the sum of four 16-bit uniforms of one
     hash, scaled to mean 0 and standard deviation `std` (bounded at 3.5 std).  Integer arithmetic and one
     multiplication: bit-identical on every device, in every chunk, at every world size.
     """
-    columns_D = torch.arange(dim, device=out.device)
-    chunk = max(1, 2**22 // dim)
+    rows, columns = out_RC.shape
+    column_C = torch.arange(first_column, first_column + columns, device=out_RC.device)
+    chunk = max(1, 2**22 // columns)
     for start in range(0, rows, chunk):
         stop = min(start + chunk, rows)
-        slots_C = placement.slot_of(torch.arange(first_row + start, first_row + stop, device=out.device))
-        bits_CD = _hash(_hash(slots_C + _signed(seed * _GOLDEN))[:, None] + columns_D)
-        sum_CD = sum((bits_CD >> shift) & 0xFFFF for shift in (0, 16, 32, 48))
+        slot_X = placement.slot_of(torch.arange(first_row + start, first_row + stop, device=out_RC.device))
+        bits_XC = _hash(_hash(slot_X + _signed(seed * _GOLDEN))[:, None] + column_C)
+        sum_XC = sum((bits_XC >> shift) & 0xFFFF for shift in (0, 16, 32, 48))
         scale = std / math.sqrt((2**32 - 1) / 3)  # variance of one uniform on 0..65535: (2^32 - 1) / 12
-        out[start:stop] = ((sum_CD - 2 * 0xFFFF).to(torch.float32) * scale).to(out.dtype)
-    return out
+        out_RC[start:stop] = ((sum_XC - 2 * 0xFFFF).to(torch.float32) * scale).to(out_RC.dtype)
 
 
 def _multiply_mod(factor: int, slots: Tensor, modulus: int) -> Tensor:

@@ -7,11 +7,23 @@ Shape suffixes: M bags, L hits a bag, n slots, D value width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from msn_dist.memory.health import MemoryHealth, SlotUsage
 from msn_dist.memory.placement import Placement, initial_values
+
+
+@dataclass(frozen=True)
+class ValueSharding:
+    """How `msn_dist.sharding` is to spread a table; the names are those of MemoryConfig."""
+
+    strategy: str = "row_pooled"
+    wire: str = "fp32"
+    lookup: str = "auto"
 
 
 class MemoryValues(nn.Module):
@@ -28,12 +40,12 @@ class MemoryValues(nn.Module):
         *,
         init_std: float,
         seed: int,
-        lookup: str = "fbgemm",
+        sharding: ValueSharding = ValueSharding(),
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.slots, self.dim, self.init_std, self.seed = slots, dim, init_std, seed
-        self.lookup_kind = lookup  # of the sharded table
+        self.sharding = sharding
         self.placement = Placement.permuted(slots)
         self.weight = nn.Parameter(torch.empty(slots, dim, device=device))
         self.usage = SlotUsage(slots, device=device)
@@ -44,11 +56,9 @@ class MemoryValues(nn.Module):
         if not self.weight.is_meta:
             self.fill(self.weight, first_row=0)
 
-    def fill(self, rows_RD: Tensor, first_row: int) -> None:
-        """Write the initial values of the rows from `first_row` on into rows_RD."""
-        initial_values(
-            self.placement, first_row, len(rows_RD), self.dim, std=self.init_std, seed=self.seed, out=rows_RD
-        )
+    def fill(self, rows_RC: Tensor, first_row: int, first_column: int = 0) -> None:
+        """Write the initial values of the rows and columns that begin there into rows_RC."""
+        initial_values(self.placement, first_row, rows_RC, std=self.init_std, seed=self.seed, first_column=first_column)
 
     def forward(self, slots_ML: Tensor, weights_ML: Tensor) -> Tensor:
         """pooled_MD = sum over l of weights[m, l] * value of slots[m, l]."""
@@ -56,6 +66,10 @@ class MemoryValues(nn.Module):
         if self.training:
             self.usage.count(rows_ML.flatten())
         return torch.einsum("ml,mld->md", weights_ML.to(self.weight.dtype), self.weight[rows_ML])
+
+    def pooled_in_chunks(self, chunks: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """pooled_MD of each (slots_ML, weights_ML)."""
+        return [self(slots_ML, weights_ML) for slots_ML, weights_ML in chunks]
 
     def health(self) -> MemoryHealth:
         """How the slots were used since the last call."""

@@ -25,7 +25,7 @@ class TableShards:
     kind: str  # "memory" or "ids"
     rows: int
     dim: int
-    sharding: str  # "row_wise" or "table_wise"
+    sharding: str  # "row_wise" or "table_wise"; of a memory its strategy
     rows_per_rank: list[int]
 
 
@@ -43,20 +43,23 @@ class Plan:
     def __str__(self) -> str:
         """One line a table."""
         width = max((len(t.module) + len(t.table) for t in self.tables), default=0) + 3
-        lines = [f"{'table':{width}}{'rows':>14}{'dim':>6}  {'sharding':12}rows per rank"]
+        layout = max((len(t.sharding) for t in self.tables), default=0) + 2
+        lines = [f"{'table':{width}}{'rows':>14}{'dim':>6}  {'sharding':{layout}}rows per rank"]
         for t in self.tables:
             held = t.rows_per_rank
             spread = f"{held[0]:,}" if len(set(held)) == 1 else f"{min(held):,} to {max(held):,}"
             if t.sharding == "table_wise":
                 spread = f"all on rank {held.index(t.rows)}"
-            lines.append(f"{t.module + '.' + t.table:{width}}{t.rows:>14,}{t.dim:>6}  {t.sharding:12}{spread}")
+            elif t.sharding == "column":
+                spread = f"{t.rows:,}, {-(-t.dim // self.world_size)} of {t.dim} columns"
+            lines.append(f"{t.module + '.' + t.table:{width}}{t.rows:>14,}{t.dim:>6}  {t.sharding:{layout}}{spread}")
         return "\n".join(lines)
 
 
 def make_plan(
     model: nn.Module, sharders: Sequence[ModuleSharder], world_size: int, local_size: int, device_type: str
 ) -> Plan:
-    """Memory values by rows; id tables whole, the largest first onto the emptiest rank.
+    """Memory values as their strategy says; id tables whole, the largest first onto the emptiest rank.
 
     Very large id tables, and those read by attention, are cut by rows instead.  `model` may be on the meta device.
     InputError if attention reads a table with too few rows for every rank to hold one.
@@ -76,11 +79,15 @@ def make_plan(
         for table, weight in sorted(parameters.items(), key=lambda item: (-item[1].numel(), item[0])):
             rows, dim = weight.shape
             # TorchRec's unpooled lookup fails on a gloo rank that holds no part of any table.
-            on_all_ranks = kind == "memory" or (world_size > 1 and isinstance(module, EmbeddingCollection))
-            if on_all_ranks or (rows >= _ROW_WISE_FROM and rows * dim > fair_share):
-                scheme, block = "row_wise", -(-rows // world_size)
-                held = [max(0, min(block, rows - rank * block)) for rank in range(world_size)]
-                if kind == "ids" and not min(held):
+            on_all_ranks = world_size > 1 and isinstance(module, EmbeddingCollection)
+            if kind == "memory":  # by its own sharder; TorchRec's plan has no words for the strategies
+                choice[table] = row_wise(compute_kernel="fused")
+                scheme, held = module.sharding.strategy, _rows_held(rows, world_size)
+                if scheme in ("column", "replicated"):
+                    held = [rows] * world_size
+            elif on_all_ranks or (rows >= _ROW_WISE_FROM and rows * dim > fair_share):
+                scheme, held = "row_wise", _rows_held(rows, world_size)
+                if not min(held):
                     raise InputError(
                         f"{path}: table {table!r} is read as sequences, and its {rows} rows leave a rank of "
                         f"{world_size} without any; use fewer ranks, or model.attention=false"
@@ -96,3 +103,9 @@ def make_plan(
             module, {table: choice[table] for table in parameters}, sharder, local_size, world_size, device_type
         )
     return Plan(world_size, tables, sharding)
+
+
+def _rows_held(rows: int, world_size: int) -> list[int]:
+    """Blocks of ceil(rows / W)."""
+    block = -(-rows // world_size)
+    return [max(0, min(block, rows - rank * block)) for rank in range(world_size)]

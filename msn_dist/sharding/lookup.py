@@ -1,11 +1,13 @@
-"""Local back ends of the sharded table: weighted bags forward, row-wise Adagrad inside the backward.
+"""Local back ends of the sharded table: weighted bags, and row-wise Adagrad from their gradient.
 
-Shape suffixes: R rows on this rank, D value width, G bags, H hits.
+Shape suffixes: R rows on this rank, D value width, G bags, H hits, U rows that were hit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -15,9 +17,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
 
 from msn_dist.kernels import reference
+
+if TYPE_CHECKING:
+    from msn_dist.sharding.hits import Hits
 
 
 @dataclass(frozen=True)
@@ -31,49 +35,77 @@ class ValueOptimizer:
     eps: float = 1e-8
 
 
-class ReferenceLookup:
-    """PyTorch only; the gradient of the values exists for the touched rows alone."""
+class Lookup(Protocol):
+    """A table on one device, with its optimizer."""
 
-    def __init__(self, rows: int, dim: int, optimizer: ValueOptimizer, device: torch.device) -> None:
+    weight_RD: Tensor
+    moment_R: Tensor
+    anchor: Tensor  # requires a gradient, so that backward comes here even if no weight does
+    optimizer: ValueOptimizer
+
+    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
+        """pooled_GD, float32: the weighted sum of each bag's rows."""
+        ...
+
+    def update(self, hits: Hits, gradient_GD: Tensor) -> Tensor | None:
+        """Step the rows of a `read`; returns the gradient of its weights [H], float32, if it had any."""
+        ...
+
+    def set_learning_rate(self, learning_rate: float) -> None: ...
+
+
+class ReferenceLookup:
+    """PyTorch only; the gradient of the values exists for the touched rows alone.
+
+    `mean_square` maps gradient_UD to the mean squares [U] that row-wise Adagrad adds up: where a rank holds some
+    columns of a row only, they come from all ranks.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        optimizer: ValueOptimizer,
+        device: torch.device,
+        mean_square: Callable[[Tensor], Tensor] = reference.mean_square,
+    ) -> None:
         self.optimizer = optimizer
         self.learning_rate = optimizer.learning_rate
         self.weight_RD = torch.empty(rows, dim, device=device)
         self.moment_R = torch.zeros(rows, device=device)
-        self._anchor = torch.zeros((), device=device, requires_grad=True)  # so that backward runs with fixed weights
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self._mean_square = mean_square
 
-    def __call__(self, rows_H: Tensor, offsets_G1: Tensor, weights_H: Tensor) -> Tensor:
-        """pooled_GD, float32; its backward updates the rows and sends gradients to the weights."""
-        return _ReferenceBags.apply(weights_H, self._anchor, rows_H.long(), offsets_G1.long(), self)
+    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
+        if hits.weights_H is None:
+            return self.weight_RD[hits.rows_H]
+        return reference.weighted_bags(self.weight_RD, hits.rows_H, hits.offsets_G1, hits.weights_H)
+
+    def update(self, hits: Hits, gradient_GD: Tensor) -> Tensor | None:
+        gradient_HD, gradient_H = gradient_GD, None
+        if hits.weights_H is not None:
+            gradient_H = reference.weights_gradient(self.weight_RD, hits.rows_H, hits.offsets_G1, gradient_GD)
+            gradient_HD = gradient_GD.repeat_interleave(hits.offsets_G1.diff(), dim=0) * hits.weights_H[:, None]
+        touched_U, where_H = torch.unique(hits.rows_H, return_inverse=True)
+        gradient_UD = gradient_GD.new_zeros(len(touched_U), gradient_GD.shape[1])
+        gradient_UD.index_add_(0, where_H, gradient_HD)
+        self.step_rows(touched_U, gradient_UD)
+        return gradient_H
+
+    def step_rows(self, rows_U: Tensor, gradient_UD: Tensor) -> None:
+        """One step of distinct rows."""
+        weight_UD, moment_U = self.weight_RD[rows_U], self.moment_R[rows_U]
+        reference.rowwise_adagrad_(
+            weight_UD, moment_U, gradient_UD, self.learning_rate, self.optimizer.eps, self._mean_square(gradient_UD)
+        )
+        self.weight_RD[rows_U], self.moment_R[rows_U] = weight_UD, moment_U
 
     def set_learning_rate(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate
 
 
-class _ReferenceBags(Function):
-    @staticmethod
-    def forward(ctx, weights_H, anchor, rows_H, offsets_G1, lookup):
-        ctx.save_for_backward(weights_H, rows_H, offsets_G1)
-        ctx.lookup = lookup
-        return reference.weighted_bags(lookup.weight_RD, rows_H, offsets_G1, weights_H)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient_GD):
-        weights_H, rows_H, offsets_G1 = ctx.saved_tensors
-        lookup = ctx.lookup
-        gradient_HD = gradient_GD.repeat_interleave(offsets_G1.diff(), dim=0)
-        gradient_H = (gradient_HD * lookup.weight_RD[rows_H]).sum(1).to(weights_H.dtype)
-        touched_U, where_H = torch.unique(rows_H, return_inverse=True)
-        gradient_UD = gradient_GD.new_zeros(len(touched_U), gradient_GD.shape[1])
-        gradient_UD.index_add_(0, where_H, gradient_HD * weights_H[:, None])
-        weight_UD, moment_U = lookup.weight_RD[touched_U], lookup.moment_R[touched_U]
-        reference.rowwise_adagrad_(weight_UD, moment_U, gradient_UD, lookup.learning_rate, lookup.optimizer.eps)
-        lookup.weight_RD[touched_U], lookup.moment_R[touched_U] = weight_UD, moment_U
-        return gradient_H, None, None, None, None
-
-
 class FbgemmLookup:
-    """FBGEMM's table-batched embedding (TBE) with one table."""
+    """FBGEMM's table-batched embedding (TBE) with one table, which updates its rows in its own backward."""
 
     def __init__(self, rows: int, dim: int, optimizer: ValueOptimizer, device: torch.device) -> None:
         self.optimizer = optimizer
@@ -89,10 +121,22 @@ class FbgemmLookup:
         )
         (self.weight_RD,) = self._tbe.split_embedding_weights()
         ((self.moment_R,),) = self._tbe.split_optimizer_states()
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
 
-    def __call__(self, rows_H: Tensor, offsets_G1: Tensor, weights_H: Tensor) -> Tensor:
-        """pooled_GD, float32; its backward updates the rows and sends gradients to the weights."""
-        return self._tbe(rows_H, offsets_G1.to(rows_H.dtype), weights_H)
+    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
+        weights_H = None if hits.weights_H is None else hits.weights_H.detach().requires_grad_(update_follows)
+        with torch.set_grad_enabled(update_follows):
+            pooled_GD = self._tbe(hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype), weights_H)
+        if update_follows:
+            hits.tape = weights_H, pooled_GD
+        return pooled_GD.detach()
+
+    def update(self, hits: Hits, gradient_GD: Tensor) -> Tensor | None:
+        if hits.tape is None:
+            self.read(hits, update_follows=True)
+        (weights_H, pooled_GD), hits.tape = hits.tape, None
+        pooled_GD.backward(gradient_GD)
+        return None if weights_H is None else weights_H.grad
 
     def set_learning_rate(self, learning_rate: float) -> None:
         self._tbe.set_learning_rate(learning_rate)

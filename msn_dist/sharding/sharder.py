@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingEnv, ShardingType
 
-from msn_dist.errors import InputError
 from msn_dist.memory.values import MemoryValues
 from msn_dist.sharding.lookup import ValueOptimizer
 from msn_dist.sharding.sharded_values import ShardedMemoryValues
+from msn_dist.sharding.strategies import shard_values
 
 
 class MemoryValuesSharder(ModuleSharder[MemoryValues]):
     """Pass it to DistributedModelParallel beside TorchRec's own sharders."""
 
-    def __init__(self, optimizer: ValueOptimizer | None = None) -> None:
+    def __init__(self, optimizer: ValueOptimizer | None = None, ranks_per_node: int | None = None) -> None:
+        """`ranks_per_node` matters to the strategy two_level; None: LOCAL_WORLD_SIZE, as torchrun sets it."""
         super().__init__()
         self._optimizer = optimizer or ValueOptimizer()
+        self._ranks_per_node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def shard(
         self,
@@ -28,10 +32,10 @@ class MemoryValuesSharder(ModuleSharder[MemoryValues]):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedMemoryValues:
-        sharding = params["weight"].sharding_type
-        if sharding != ShardingType.ROW_WISE.value:
-            raise InputError(f"{module_fqn}: the plan shards memory values {sharding}; they can be row_wise only")
-        return ShardedMemoryValues(module, env.process_group, self._optimizer, device or torch.device("cpu"))
+        """The layout is that of `module.sharding.strategy`; of the plan only the presence of the module counts."""
+        return shard_values(
+            module, env.process_group, self._optimizer, device or torch.device("cpu"), self._ranks_per_node
+        )
 
     @property
     def module_type(self) -> type[MemoryValues]:

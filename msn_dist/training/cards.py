@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from msn_dist.training.figures import Chart, Format, Line, bar_chart, count, line_chart, percent, plain
+from msn_dist.training.units import binary
 
 Record = dict[str, Any]
 
@@ -205,9 +206,24 @@ def speed(train: Sequence[Record], last: Record) -> Card:
                 bottom=0,
             )
         )
-    if sent := last.get("bytes_sent"):
-        total = sum(sent.values())
-        rows = [[name.replace("_", " "), _bytes(value), percent(value / max(total, 1))] for name, value in sent.items()]
+    if any("exchange" in record for record in train):
+        hidden = [record.get("exchange", {}).get("hidden_share") for record in train]
+        charts.append(
+            line_chart(
+                "Exchange hidden behind computing",
+                "Of the time that the memory's messages are under way, the share that nobody waits for.",
+                [Line("last", [record["step"] for record in train], hidden)],
+                format_y=percent,
+                bottom=0,
+            )
+        )
+    if sent := [
+        (f"{direction}: {name.replace('_', ' ')}", size)
+        for direction, messages in last.get("bytes_sent", {}).items()
+        for name, size in messages.items()
+    ]:
+        total = sum(size for _, size in sent)
+        rows = [[name, binary(size), percent(size / total)] for name, size in sent]
         grids.append(Grid(["memory traffic between ranks", "whole run", "share"], rows))
     elif last.get("world_size") == 1:
         grids.append(Grid(["memory traffic between ranks"], [["none: one rank holds the whole model"]]))
@@ -224,11 +240,3 @@ def fixed(value: float | None) -> str:
 
 def _tiny(value: float) -> str:
     return f"{value:.1e}" if value else "0"
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} TiB"

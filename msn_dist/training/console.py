@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from msn_dist.training.run_directory import RunDirectory
+from msn_dist.training.units import binary
 
 
 class Console:
@@ -61,6 +62,7 @@ class Console:
             f"{_thousands(record['examples_per_second'])} ex/s",
             f"lr {record['learning_rate']:.1e}",
             *_worst_layer(record.get("memory", {})),
+            *_exchange(record.get("exchange", {})),
         ]
         if self._live:
             self._state.plain = "  ".join(state)
@@ -100,6 +102,13 @@ def _worst_layer(memory: dict[str, dict[str, float]]) -> list[str]:
         f"entropy {min(layer['entropy_ratio'] for layer in layers):.2f}",
         f"owner {max(layer['owner_load_max_over_mean'] for layer in layers):.2f}",
     ]
+
+
+def _exchange(exchange: dict[str, float]) -> list[str]:
+    """What all ranks send in a step, and how much of the time on the way nobody waits for."""
+    if not exchange:
+        return []
+    return [f"sent {binary(exchange['bytes_per_step'])}/step", f"hidden {exchange['hidden_share']:.0%}"]
 
 
 def _number(value: float | None) -> str:

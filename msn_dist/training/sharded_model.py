@@ -33,7 +33,9 @@ def build_sharded_model(
         "eps": 1e-8,
     }
     sharders = [
-        MemoryValuesSharder(ValueOptimizer(config.optimizer.dense.lr * config.optimizer.values.multiplier)),
+        MemoryValuesSharder(
+            ValueOptimizer(config.optimizer.dense.lr * config.optimizer.values.multiplier), ranks.local_world
+        ),
         EmbeddingBagCollectionSharder(fused_params=adagrad),
         EmbeddingCollectionSharder(fused_params=adagrad, use_index_dedup=False),
     ]
@@ -71,8 +73,7 @@ def _fill_id_tables(model: DistributedModelParallel, config: RunConfig) -> None:
         initial_values(
             Placement(rows),
             first_row,
-            *shard.shape,
+            shard,
             std=config.optimizer.ids.init_std,
             seed=config.seed ^ zlib.crc32(table.encode()),
-            out=shard,
         )

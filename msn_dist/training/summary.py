@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
-
-import torch.distributed as dist
 
 from msn_dist.memory import MemoryHealth
 from msn_dist.training.run_directory import git_commit, versions
@@ -35,7 +32,7 @@ def summarise(trainer: Trainer, test: dict[str, dict[str, float]]) -> dict[str, 
         "best_step": trainer.best["step"],
         "valid": _split_metrics(trainer.best["metrics"], trainer.schema.labels),
         "test": _split_metrics(test, trainer.schema.labels),
-        "bytes_sent": _bytes_sent(trainer),
+        **trainer.meter.whole_run(),
     }
     if trainer.health:
         summary["memory"] = _memory(trainer.health)
@@ -81,16 +78,6 @@ def _memory(health: dict[str, MemoryHealth]) -> dict[str, Any]:
         "owner_load_max_over_mean": max(layer.owner_load_max_over_mean for layer in layers),
         "layers": {name: layer.summary() for name, layer in health.items()},
     }
-
-
-def _bytes_sent(trainer: Trainer) -> dict[str, int]:
-    """Bytes that all ranks sent to others in the whole run, by what they carried, over all memories."""
-    mine = Counter()
-    for values in trainer.memories.values():
-        mine.update(values.exchange.traffic)
-    per_rank: list[Counter | None] = [None] * trainer.ranks.world
-    dist.all_gather_object(per_rank, mine, group=trainer.ranks.control)
-    return dict(sum(per_rank, Counter()))
 
 
 def _histogram(histogram: list[tuple[float, int]]) -> dict[str, list[float]]:

@@ -20,6 +20,7 @@ from msn_dist.models.loss import task_losses
 from msn_dist.training.checkpoint import load_model, save_checkpoint
 from msn_dist.training.console import Console
 from msn_dist.training.evaluation import autocast, evaluate, open_split
+from msn_dist.training.exchange_meter import ExchangeMeter
 from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import Ranks
 from msn_dist.training.run_directory import RunDirectory
@@ -44,6 +45,7 @@ class Trainer:
         self.optimizers = Optimizers(self.model, embeddings, config.optimizer, self.total_steps)
         self.step = self.epoch = self.rows = 0
         self.watch = Stopwatch(ranks.device)  # training and its log; evaluations are left out
+        self.meter = ExchangeMeter(self.memories, ranks)  # the same
         self.health: dict[str, MemoryHealth] = {}  # of the last full interval
         self.best: dict[str, Any] | None = None
         self._validated_at: int | None = None
@@ -66,7 +68,7 @@ class Trainer:
         settings = self.config.training
         self.model.train()
         steps = in_step(self.train_data, self.schema, self.ranks.control)
-        self.watch.start()
+        self._resume_clocks()
         for batch, rows in steps:
             self._interval.add(self._train_step(batch, rows), rows)
             self.step += 1
@@ -77,11 +79,11 @@ class Trainer:
             if self._at_the_end():
                 break
             if settings.eval_every and self.step % settings.eval_every == 0:
-                self.watch.stop()
+                self._stop_clocks()
                 self._validate(console)
                 self.model.train()
-                self.watch.start()
-        self.watch.stop()
+                self._resume_clocks()
+        self._stop_clocks()
         steps.close()
         self._validate(console)
 
@@ -102,6 +104,14 @@ class Trainer:
         self.optimizers.step()
         return sums_K.detach().sum()
 
+    def _resume_clocks(self) -> None:
+        self.watch.start()
+        self.meter.start()
+
+    def _stop_clocks(self) -> None:
+        self.watch.stop()
+        self.meter.stop()
+
     def _at_the_end(self) -> bool:
         return self.step == self.total_steps
 
@@ -121,6 +131,8 @@ class Trainer:
             "seconds": seconds,
             "learning_rate": self.learning_rate,
         }
+        if exchange := self.meter.read(self._interval.steps):
+            record["exchange"] = exchange
         if health:
             record["memory"] = {name: layer.summary() for name, layer in health.items()}
         self._interval = _Interval(start=seconds)
@@ -164,8 +176,9 @@ class _Interval:
     def __init__(self, start: float = 0.0) -> None:
         self.start = start
         self.loss = torch.zeros(())
-        self.rows = 0
+        self.rows = self.steps = 0
 
     def add(self, loss: Tensor, rows: int) -> None:
         self.loss = self.loss.to(loss.device) + loss
+        self.steps += 1
         self.rows += rows

@@ -1,0 +1,96 @@
+"""What an owner looks up, and the differentiable look-up of it.
+
+Shape suffixes: H hits, G bags, D value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+from torchrec.streamable import Multistreamable
+
+from msn_dist.kernels import reference
+from msn_dist.sharding.lookup import Lookup
+
+
+@dataclass
+class Hits(Multistreamable):
+    """Bag g holds hits offsets[g] to offsets[g + 1] - 1."""
+
+    rows_H: Tensor  # int32 (int64 for more than 2^31 rows a rank), local to the owner
+    weights_H: Tensor | None  # None: the rows themselves, one a bag
+    offsets_G1: Tensor  # int64
+    tape: Any = None  # what a look-up keeps for its update
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for tensor in (self.rows_H, self.weights_H, self.offsets_G1):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+
+@dataclass
+class Round:
+    """The look-ups of one forward: their rows are updated together, when the last has its gradient.
+
+    An update a look-up would apply the optimizer several times in a step, and the gradients of the weights
+    would see values that the step has changed already.
+    """
+
+    size: int = 1
+    done: list[tuple[Hits, Tensor]] = field(default_factory=list)
+
+
+def look_up(lookup: Lookup, hits: Hits, world: int, part_of: Round) -> Tensor:
+    """pooled_GD, float32; its backward updates the rows and gives each weight its gradient.
+
+    Rows get the mean of the ranks' gradients, as dense parameters do; a weight belongs to one rank and
+    gets its gradient whole.
+    """
+    return _LookUp.apply(hits.weights_H, lookup.anchor, lookup, hits, world, part_of)
+
+
+class _LookUp(Function):
+    @staticmethod
+    def forward(ctx, weights_H, anchor, lookup, hits, world, part_of):
+        if weights_H is not None:
+            weights_H = weights_H.detach()
+        ctx.lookup, ctx.world, ctx.part_of = lookup, world, part_of
+        ctx.hits = Hits(hits.rows_H, weights_H, hits.offsets_G1)
+        return lookup.read(ctx.hits, update_follows=ctx.needs_input_grad[1] and part_of.size == 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_GD):
+        lookup, hits, part_of = ctx.lookup, ctx.hits, ctx.part_of
+        gradient_GD = gradient_GD / ctx.world
+        if part_of.size == 1:
+            gradient_H = lookup.update(hits, gradient_GD)
+        else:
+            gradient_H = None
+            if hits.weights_H is not None:
+                gradient_H = reference.weights_gradient(lookup.weight_RD, hits.rows_H, hits.offsets_G1, gradient_GD)
+            part_of.done.append((hits, gradient_GD))
+            if len(part_of.done) == part_of.size:
+                all_hits, gradients = zip(*part_of.done, strict=True)
+                part_of.done = []
+                lookup.update(_joined(all_hits), torch.cat(gradients))
+        return (None if gradient_H is None else gradient_H * ctx.world), None, None, None, None, None
+
+
+def _joined(parts: tuple[Hits, ...]) -> Hits:
+    lengths_G = torch.cat([part.offsets_G1.diff() for part in parts])
+    weights = [part.weights_H for part in parts if part.weights_H is not None]
+    return Hits(
+        torch.cat([part.rows_H for part in parts]),
+        torch.cat(weights) if weights else None,
+        offsets_of(lengths_G),
+    )
+
+
+def offsets_of(lengths_G: Tensor) -> Tensor:
+    """offsets_G1, int64."""
+    return torch.nn.functional.pad(lengths_G.to(torch.int64).cumsum(0), (1, 0))

@@ -1,0 +1,112 @@
+"""Strategy `replicated`: every rank has the whole table and looks up its own bags; the update is shared.
+
+In the backward each rank owns a block of rows: it receives their gradients from all ranks, steps them, and sends the
+new rows to all.  So replicas stay equal to the last bit, and the optimizer's state is cut into blocks.  Bytes a rank
+sends in a step, for n slots of width D, whatever the batch:
+
+    backward    n * row_bytes(D) * (W - 1) / W (gradients)        n * 4 D * (W - 1) / W (new rows, always float32)
+
+Shape suffixes: M bags, L hits a bag, W ranks, n slots, R rows of this rank's block, D value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import Shard
+from torch.nn.modules.module import _IncompatibleKeys
+from torchrec.distributed.types import Awaitable, LazyAwaitable, LazyNoWait, NoWait
+
+from msn_dist.kernels import reference
+from msn_dist.memory.health import MemoryHealth, SlotUsage
+from msn_dist.memory.values import MemoryValues
+from msn_dist.sharding.exchange import Exchange
+from msn_dist.sharding.hits import Hits
+from msn_dist.sharding.lookup import ReferenceLookup, ValueOptimizer
+from msn_dist.sharding.row_sharded import shard_of
+from msn_dist.sharding.sharded_values import ExchangeContext, ShardedMemoryValues
+from msn_dist.sharding.wire import Wire
+
+
+class Replicated(ShardedMemoryValues):
+    """For tables so small that sending them costs less than sending hits."""
+
+    def __init__(
+        self, table: MemoryValues, group: dist.ProcessGroup, optimizer: ValueOptimizer, device: torch.device
+    ) -> None:
+        super().__init__(table, group, device)
+        self.lookup = _ReplicatedLookup(
+            self.slots, self.dim, optimizer, device, exchange=self.exchange, wire=self.gradient_wire
+        )
+        table.fill(self.lookup.weight_RD, 0)
+        self.usage = SlotUsage(self.slots, device)
+        self._register(self.lookup.block_RD, self.lookup.moment_R, Shard(0), Shard(0))
+
+    def input_dist(self, ctx: ExchangeContext, slots_ML: Tensor, weights_ML: Tensor) -> Awaitable[Awaitable[Hits]]:
+        bags, hits = slots_ML.shape
+        row_H = self.placement.row_of(slots_ML).flatten()
+        offsets_G1 = torch.arange(bags + 1, device=row_H.device) * hits
+        return NoWait(NoWait(Hits(row_H, weights_ML.flatten().to(torch.float32), offsets_G1)))
+
+    def output_dist(self, ctx: ExchangeContext, output: Tensor) -> LazyAwaitable[Tensor]:
+        return LazyNoWait(output)
+
+    def health(self) -> MemoryHealth:
+        """As of any table; a rank has counted its own hits only, and every rank looks up those."""
+        group, usage = self.exchange.group, self.usage
+        hits_W = torch.zeros(self.exchange.world, dtype=torch.int64, device=usage.window_R.device)
+        hits_W[self.exchange.rank] = usage.window_R.sum()
+        dist.all_reduce(hits_W, group=group)
+        dist.all_reduce(usage.window_R, group=group)
+        health = usage.rows(self.lookup.block).read(self.slots, group)
+        usage.window_R.zero_()
+        load = float(hits_W.max() / hits_W.double().mean()) if health.hits else 1.0
+        return replace(health, hits_per_owner=hits_W.tolist(), owner_load_max_over_mean=load)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> _IncompatibleKeys:
+        """A collective call: each rank has loaded its block."""
+        result = super().load_state_dict(state_dict, strict)
+        self.lookup.share_block()
+        return result
+
+
+class _ReplicatedLookup(ReferenceLookup):
+    def __init__(
+        self,
+        slots: int,
+        dim: int,
+        optimizer: ValueOptimizer,
+        device: torch.device,
+        *,
+        exchange: Exchange,
+        wire: Wire,
+    ) -> None:
+        super().__init__(slots, dim, optimizer, device)
+        self._exchange, self._wire = exchange, wire
+        shards = [shard_of(slots, exchange.world, rank) for rank in range(exchange.world)]
+        _, first_row, rows = shards[exchange.rank]
+        self.block = slice(first_row, first_row + rows)
+        self._rows_W, self._mine_W = [rows for *_, rows in shards], [rows] * exchange.world
+        self.block_RD, self.moment_R = self.weight_RD[self.block], self.moment_R[self.block].clone()
+
+    def update(self, hits: Hits, gradient_GD: Tensor) -> Tensor:
+        gradient_H = reference.weights_gradient(self.weight_RD, hits.rows_H, hits.offsets_G1, gradient_GD)
+        gradient_HD = gradient_GD.repeat_interleave(hits.offsets_G1.diff(), dim=0) * hits.weights_H[:, None]
+        gradient_nD = torch.zeros_like(self.weight_RD).index_add_(0, hits.rows_H, gradient_HD)
+        message, world = self._wire.encode(gradient_nD), self._exchange.world
+        parts = self._exchange.start("backward", "table_gradient", message, self._rows_W, self._mine_W).wait()
+        gradient_RD = self._wire.decode(parts).unflatten(0, (world, len(self.block_RD))).sum(0)
+        # rows that nobody has hit have a gradient of 0, which leaves them as they are
+        reference.rowwise_adagrad_(self.block_RD, self.moment_R, gradient_RD, self.learning_rate, self.optimizer.eps)
+        self.share_block()
+        return gradient_H
+
+    def share_block(self) -> None:
+        """Give this rank's rows to all and take theirs; a collective call."""
+        mine = self.block_RD.repeat(self._exchange.world, 1)
+        self.weight_RD.copy_(self._exchange.start("backward", "table", mine, self._mine_W, self._rows_W).wait())

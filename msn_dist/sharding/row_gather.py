@@ -1,0 +1,92 @@
+"""Strategies `row_gather` and `row_gather_unique`: owners return the rows, which are weighted at home.
+
+Weights do not travel, nor do their gradients.  Bytes a rank sends in a step, for hits of which A leave it (`unique`:
+for A distinct rows among those):
+
+    headers     8 a peer (counts)
+    forward     A * 4 (rows)
+    returned    A * row_bytes(D) over all ranks' hits
+    backward    A * row_bytes(D) (the gradient of each row that came)
+
+What is returned grows with L (or the distinct rows) and not with W.  Rows take 8 bytes where a rank holds 2^31 or more.
+
+Shape suffixes: M bags of this rank, L hits a bag, H hits, W ranks, A rows asked for, Y rows owed, D value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchrec.distributed.types import Awaitable, LazyAwaitable
+
+from msn_dist.sharding.buckets import bucket
+from msn_dist.sharding.hits import Hits
+from msn_dist.sharding.row_sharded import RowSharded
+from msn_dist.sharding.sharded_values import ExchangeContext, Later, LazyLater
+from msn_dist.sharding.trip import Trip
+
+
+@dataclass
+class GatherContext(ExchangeContext):
+    weights_ML: Tensor | None = None
+    where_ML: Tensor | None = None  # the place of each hit's row among those that come
+    due_W: list[int] = field(default_factory=list)  # rows that each owner returns to this rank
+    owed_W: list[int] = field(default_factory=list)  # rows that this rank returns to each
+
+
+class RowGather(RowSharded):
+    """Every hit has its row sent: best at large W, and where hits repeat little."""
+
+    def create_context(self) -> GatherContext:
+        return GatherContext()
+
+    def input_dist(self, ctx: GatherContext, slots_ML: Tensor, weights_ML: Tensor) -> Awaitable[Awaitable[Hits]]:
+        ctx.weights_ML = weights_ML
+        row_A, ctx.where_ML, asked_W = self._ask(slots_ML)
+        received = self.exchange.swap_counts(asked_W[:, None])
+
+        def rows_depart() -> Awaitable[Hits]:
+            # the one synchronisation with the host, which wants the splits
+            ctx.due_W, ctx.owed_W = torch.stack([asked_W, received.wait()[:, 0]]).tolist()
+            rows = self.exchange.start("forward", "rows", row_A, ctx.due_W, ctx.owed_W)
+
+            def rows_arrive() -> Hits:
+                row_Y = rows.wait()
+                return Hits(row_Y, None, torch.arange(len(row_Y) + 1, device=row_Y.device))
+
+            return Later(rows_arrive)
+
+        return Later(rows_depart)
+
+    def _ask(self, slots_ML: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(row_A to ask for, owner after owner; where_ML, the place of each hit in it; asked_W, rows of each owner)."""
+        owner_ML, row_ML = self.owners(slots_ML)
+        buckets = bucket(owner_ML, self.exchange.world)
+        where_H = torch.empty_like(buckets.order_H)
+        where_H[buckets.order_H] = torch.arange(len(where_H), device=where_H.device)
+        return row_ML.flatten()[buckets.order_H], where_H.view_as(slots_ML), buckets.hits_W
+
+    def output_dist(self, ctx: GatherContext, output: Tensor) -> LazyAwaitable[Tensor]:
+        trip = Trip(self.exchange, "values", ctx.owed_W, ctx.due_W, self.values_wire, self.gradient_wire)
+        trip.depart(output)
+        return LazyLater(
+            lambda: F.embedding_bag(
+                ctx.where_ML, trip.arrive(), per_sample_weights=ctx.weights_ML.to(torch.float32), mode="sum"
+            )
+        )
+
+
+class RowGatherUnique(RowGather):
+    """A row that many hits of a rank share is sent to it once, and its gradients go back added up.
+
+    Memory health counts it once a rank and step, as its owner sees it once.
+    """
+
+    def _ask(self, slots_ML: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        row_A, where_ML = torch.unique(self.placement.row_of(slots_ML), return_inverse=True)
+        owner_A = row_A // self.block  # ascending, as the rows are
+        asked_W = torch.bincount(owner_A, minlength=self.exchange.world)
+        return (row_A - owner_A * self.block).to(self.row_dtype), where_ML, asked_W

@@ -1,0 +1,51 @@
+"""The layout that the row strategies share: rank w owns rows w * ceil(n / W) to (w + 1) * ceil(n / W) - 1.
+
+Shape suffixes: M bags of this rank, L hits a bag.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import Shard
+
+from msn_dist.errors import InputError
+from msn_dist.memory.health import SlotUsage
+from msn_dist.memory.values import MemoryValues
+from msn_dist.sharding.lookup import LOOKUPS, ValueOptimizer
+from msn_dist.sharding.sharded_values import ShardedMemoryValues
+
+
+class RowSharded(ShardedMemoryValues):
+    """A table cut into blocks of rows."""
+
+    def __init__(
+        self, table: MemoryValues, group: dist.ProcessGroup, optimizer: ValueOptimizer, device: torch.device
+    ) -> None:
+        super().__init__(table, group, device)
+        self.block, first_row, rows = shard_of(self.slots, self.exchange.world, self.exchange.rank)
+        self.row_dtype = torch.int32 if self.block < 2**31 else torch.int64
+        self.lookup = LOOKUPS["fbgemm" if table.sharding.lookup == "auto" else table.sharding.lookup](
+            rows, self.dim, optimizer, device
+        )
+        table.fill(self.lookup.weight_RD, first_row)
+        self.usage = SlotUsage(rows, device)
+        self._register(self.lookup.weight_RD, self.lookup.moment_R, Shard(0), Shard(0))
+
+    def owners(self, slots_ML: Tensor) -> tuple[Tensor, Tensor]:
+        """(owner_ML int64, row_ML of `row_dtype`, local to the owner)."""
+        row_ML = self.placement.row_of(slots_ML)
+        owner_ML = row_ML // self.block
+        return owner_ML, (row_ML - owner_ML * self.block).to(self.row_dtype)
+
+
+def shard_of(slots: int, world: int, rank: int) -> tuple[int, int, int]:
+    """(block, first_row, rows) of `rank`: blocks of ceil(n / W) rows, the last one may be shorter."""
+    block = -(-slots // world)
+    if block * (world - 1) >= slots:
+        raise InputError(
+            f"a memory of {slots} slots leaves rank {-(-slots // block)} of {world} without rows: "
+            "use fewer ranks, or more memory.sub_keys"
+        )
+    return block, rank * block, min(block, slots - rank * block)

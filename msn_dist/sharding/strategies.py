@@ -1,0 +1,39 @@
+"""The exchange strategies by their names in a config."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from msn_dist.memory.values import MemoryValues
+from msn_dist.sharding.column import Column
+from msn_dist.sharding.lookup import ValueOptimizer
+from msn_dist.sharding.replicated import Replicated
+from msn_dist.sharding.row_gather import RowGather, RowGatherUnique
+from msn_dist.sharding.row_pooled import RowPooled, RowPooledSparse
+from msn_dist.sharding.sharded_values import ShardedMemoryValues
+from msn_dist.sharding.two_level import TwoLevel
+
+STRATEGIES: dict[str, type[ShardedMemoryValues]] = {
+    "row_pooled": RowPooled,
+    "row_pooled_sparse": RowPooledSparse,
+    "row_gather": RowGather,
+    "row_gather_unique": RowGatherUnique,
+    "two_level": TwoLevel,
+    "column": Column,
+    "replicated": Replicated,
+}
+
+
+def shard_values(
+    table: MemoryValues,
+    group: dist.ProcessGroup,
+    optimizer: ValueOptimizer,
+    device: torch.device,
+    ranks_per_node: int,
+) -> ShardedMemoryValues:
+    """`table` over the ranks of `group`, as `table.sharding` says; a collective call."""
+    strategy = STRATEGIES[table.sharding.strategy]
+    if strategy is TwoLevel:
+        return TwoLevel(table, group, optimizer, device, ranks_per_node)
+    return strategy(table, group, optimizer, device)

@@ -1,0 +1,123 @@
+"""The bytes that the exchange counts are those of the formulas, for every strategy, wire and world size."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from msn_dist.memory.placement import Placement
+from msn_dist.memory.values import MemoryValues, ValueSharding
+from msn_dist.planner.traffic import Demand, bytes_of_step
+from msn_dist.sharding import ValueOptimizer
+from msn_dist.sharding.strategies import STRATEGIES, shard_values
+from msn_dist.sharding.traffic import Traffic
+from msn_dist.sharding.wire import row_bytes, wires
+from ranks import run_ranks
+
+SLOTS, DIM, HITS = 143, 20, 6
+WIRES = ["fp32", "bf16", "fp16", "int8"]
+BAGS = {1: [[5]], 2: [[4, 7], [0, 3]], 3: [[2, 0, 9]], 4: [[3, 5, 0, 2], [0, 0, 8, 0]]}  # of the ranks, by world size
+
+
+def slots_of(bags: list[int]) -> list[torch.Tensor]:
+    """Few slots, so that some rows are hit again."""
+    generator = torch.Generator().manual_seed(sum(bags))
+    return [torch.randint(SLOTS, (count, HITS), generator=generator) ** 2 % SLOTS for count in bags]
+
+
+def counted(rank: int, world: int) -> dict[tuple, tuple[dict, list[int]]]:
+    """By (deal of bags, strategy, wire, ranks a node): what this rank's exchange has counted in one step."""
+    found = {}
+    for size, deals in BAGS.items():
+        group = dist.new_group(list(range(size)))  # a call of all ranks, for a group of some
+        if rank >= size:
+            continue
+        for bags in deals:
+            slots_ML = slots_of(bags)[rank]
+            for strategy in STRATEGIES:
+                for wire in WIRES:
+                    for node in (1, 2, 4) if strategy == "two_level" and size == 4 else (1,):
+                        layout = ValueSharding(strategy, wire)
+                        table = MemoryValues(SLOTS, DIM, init_std=1.0, seed=0, sharding=layout, device="meta")
+                        values = shard_values(table, group, ValueOptimizer(), torch.device("cpu"), node)
+                        weights_ML = torch.rand(slots_ML.shape, requires_grad=True)
+                        values(slots_ML, weights_ML).sum().backward()
+                        traffic = values.exchange.traffic
+                        found[tuple(bags), strategy, wire, node] = traffic.by_message(), traffic.by_peer()
+                        del values
+        gc.collect()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict]:
+    return run_ranks(counted, 4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_message_has_the_bytes_of_its_formula(strategy: str, found) -> None:
+    checked = 0
+    for bags in (tuple(bags) for deals in BAGS.values() for bags in deals):
+        demand = Demand.of(slots_of(list(bags)), Placement.permuted(SLOTS))
+        for key in (key for key in found[0] if key[:2] == (bags, strategy)):
+            _, _, wire, node = key
+            expected = bytes_of_step(strategy, demand, DIM, wire, node)
+            for rank, bytes_of_rank in enumerate(expected):
+                messages, by_peer = found[rank][key]
+                assert messages == {way: sent for way, sent in bytes_of_rank.items() if sent}, (key, rank)
+                assert sum(by_peer) == sum(sum(sent.values()) for sent in bytes_of_rank.values())
+                assert by_peer[rank] == 0
+            checked += 1
+    assert checked >= 4 * len(WIRES)
+
+
+def test_what_a_rank_keeps_and_what_is_empty_is_not_counted() -> None:
+    traffic = Traffic(3)
+    assert traffic.by_message() == {} and traffic.by_peer() == [0, 0, 0]
+    traffic.add("forward", "hits", [0, 8, 24])
+    traffic.add("forward", "hits", [0, 8, 0])
+    traffic.add("backward", "hits_gradient", [0, 0, 4])
+    traffic.add("backward", "pooled_gradient", [0, 0, 0])
+    assert traffic.by_message() == {"forward": {"hits": 40}, "backward": {"hits_gradient": 4}}
+    assert traffic.by_peer() == [0, 16, 28] and traffic.total() == 44
+
+
+@pytest.mark.parametrize("dim", [4, 7, 20])
+@pytest.mark.parametrize("rows", [0, 1, 50])
+@pytest.mark.parametrize("kind", WIRES)
+def test_rows_take_the_bytes_and_have_the_errors_that_are_documented(kind: str, rows: int, dim: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    rows_XD = torch.randn(rows, dim, generator=generator) * 10.0 ** torch.randint(
+        -12, 5, (rows, 1), generator=generator
+    )
+    largest_X1 = rows_XD.abs().amax(1, keepdim=True) if rows else rows_XD[:, :1]
+    error = {"fp32": 0, "bf16": 2**-8 * rows_XD.abs(), "fp16": 2**-11 * rows_XD.abs() + 2**-25 * largest_X1}
+    for_values, for_gradients = wires(kind, torch.device("cpu"), seed=1)
+    for wire, bound in ((for_values, largest_X1 / 254), (for_gradients, largest_X1 / 127)):
+        message = wire.encode(rows_XD)
+        assert len(message) == rows and message.numel() * message.element_size() == rows * row_bytes(kind, dim)
+        found_XD = wire.decode(message)
+        assert found_XD.shape == rows_XD.shape and found_XD.dtype == torch.float32
+        assert ((found_XD - rows_XD).abs() <= error.get(kind, bound) * (1 + 1e-5)).all()
+    assert torch.equal(for_values.decode(for_values.encode(rows_XD * 0)), rows_XD * 0)
+
+
+def test_random_rounding_keeps_the_mean_that_rounding_to_the_nearest_loses() -> None:
+    for_values, for_gradients = wires("int8", torch.device("cpu"), seed=3)
+    rows_XD = torch.full((20_000, 2), 0.001)
+    rows_XD[:, 1] = 1.0
+    assert for_values.decode(for_values.encode(rows_XD))[:, 0].mean() == 0
+    assert for_gradients.decode(for_gradients.encode(rows_XD))[:, 0].mean() == pytest.approx(0.001, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "int8"])
+def test_a_row_that_is_not_finite_does_not_arrive_as_one_that_is(kind: str) -> None:
+    wire, _ = wires(kind, torch.device("cpu"), seed=0)
+    rows_XD = torch.ones(3, 4)
+    rows_XD[1, 2], rows_XD[2, 0] = float("nan"), float("inf")
+    found_XD = wire.decode(wire.encode(rows_XD))
+    assert found_XD[0].isfinite().all()
+    assert not found_XD[1].isfinite().all() and not found_XD[2].isfinite().all()
