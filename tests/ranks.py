@@ -35,7 +35,7 @@ def run_ranks(
             (function, world_size, args, folder, timeout, backend),
             nprocs=world_size,
             join=False,
-            start_method="forkserver" if backend == "gloo" else "spawn",  # CUDA does not survive a fork
+            start_method="spawn" if torch.cuda.is_available() else "forkserver",  # CUDA does not survive a fork
         )
         deadline = time.monotonic() + timeout
         try:
@@ -81,6 +81,7 @@ def _rank(
             # torchrec 1.6 on torch 2.11, whenever it makes a ShardingEnv
             warnings.filterwarnings("ignore", "`_get_pg_default_device` will be deprecated", UserWarning)
             warnings.filterwarnings("ignore", "Multiple backends are registered", UserWarning)
+            warnings.filterwarnings("ignore", "TBE B200 optimization", UserWarning)  # fbgemm, which tells of a feature
             torch.save(function(rank, world_size, *args), folder / f"{rank}.result")
     except BaseException:
         (folder / f"{rank}.error").write_text(f"rank {rank} of {world_size} failed\n{traceback.format_exc()}")

@@ -87,7 +87,7 @@ class FlightRecord:
 
     def __init__(self, rank: int, ranks: list[int], store: dist.Store, timeout: float | None = None) -> None:
         self.rank, self.ranks = rank, ranks
-        self.failed_at: float | None = None  # when this rank noticed that a peer is lost
+        self.speaking = False  # a message is being made
         self._store, self._timeout = store, timeout
         self._exchanges: deque[_Exchange] = deque(maxlen=_KEPT)
         self._sequence = 0
@@ -128,8 +128,8 @@ class FlightRecord:
 
     def account(self, reason: str) -> PeerLost:
         """Exchange posts with the other ranks that failed; the error that says what is known."""
-        self.failed_at = time.monotonic()
         failed, own = self._standing()
+        self.speaking, self._last_event = True, time.monotonic()
         if failed:
             where = f"{own.place}, {own.waited:.1f} s after its start"
         else:
@@ -159,7 +159,7 @@ class FlightRecord:
         return PeerLost("\n  ".join(lines))
 
     def idle(self) -> float:
-        """Seconds since an exchange departed or arrived."""
+        """Seconds since an exchange departed, arrived or was found to have failed."""
         return time.monotonic() - self._last_event
 
     def is_overdue(self) -> bool:

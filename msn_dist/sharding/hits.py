@@ -77,7 +77,7 @@ class _LookUp(Function):
             if len(part_of.done) == part_of.size:
                 all_hits, gradients = zip(*part_of.done, strict=True)
                 part_of.done = []
-                lookup.update(_joined(all_hits), torch.cat(gradients))
+                lookup.update(_joined(all_hits), torch.cat(gradients), of_weights=False)
         return (None if gradient_H is None else gradient_H * ctx.world), None, None, None, None, None
 
 

@@ -47,8 +47,8 @@ class Lookup(Protocol):
         """pooled_GD, float32: the weighted sum of each bag's rows."""
         ...
 
-    def update(self, hits: Hits, gradient_GD: Tensor) -> Tensor | None:
-        """Step the rows of a `read`; returns the gradient of its weights [H], float32, if it had any."""
+    def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
+        """Step the rows of a `read`; returns the gradient of its weights [H], float32, or None."""
         ...
 
     def set_learning_rate(self, learning_rate: float) -> None: ...
@@ -81,10 +81,11 @@ class ReferenceLookup:
             return self.weight_RD[hits.rows_H]
         return reference.weighted_bags(self.weight_RD, hits.rows_H, hits.offsets_G1, hits.weights_H)
 
-    def update(self, hits: Hits, gradient_GD: Tensor) -> Tensor | None:
+    def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
         gradient_HD, gradient_H = gradient_GD, None
         if hits.weights_H is not None:
-            gradient_H = reference.weights_gradient(self.weight_RD, hits.rows_H, hits.offsets_G1, gradient_GD)
+            if of_weights:
+                gradient_H = reference.weights_gradient(self.weight_RD, hits.rows_H, hits.offsets_G1, gradient_GD)
             gradient_HD = gradient_GD.repeat_interleave(hits.offsets_G1.diff(), dim=0) * hits.weights_H[:, None]
         touched_U, where_H = torch.unique(hits.rows_H, return_inverse=True)
         gradient_UD = gradient_GD.new_zeros(len(touched_U), gradient_GD.shape[1])
@@ -124,17 +125,20 @@ class FbgemmLookup:
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
     def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
-        weights_H = None if hits.weights_H is None else hits.weights_H.detach().requires_grad_(update_follows)
-        with torch.set_grad_enabled(update_follows):
-            pooled_GD = self._tbe(hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype), weights_H)
-        if update_follows:
-            hits.tape = weights_H, pooled_GD
-        return pooled_GD.detach()
+        if not update_follows:
+            return self._tbe(hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype), hits.weights_H)
+        hits.tape = self._recorded(hits, of_weights=True)
+        return hits.tape[1].detach()
 
-    def update(self, hits: Hits, gradient_GD: Tensor) -> Tensor | None:
-        if hits.tape is None:
-            self.read(hits, update_follows=True)
-        (weights_H, pooled_GD), hits.tape = hits.tape, None
+    def _recorded(self, hits: Hits, of_weights: bool) -> tuple[Tensor | None, Tensor]:
+        """(weights_H, pooled_GD) whose graph leads to TBE's own backward."""
+        with torch.enable_grad():
+            weights_H = None if hits.weights_H is None else hits.weights_H.detach().requires_grad_(of_weights)
+            return weights_H, self._tbe(hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype), weights_H)
+
+    def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
+        weights_H, pooled_GD = hits.tape or self._recorded(hits, of_weights)
+        hits.tape = None
         pooled_GD.backward(gradient_GD)
         return None if weights_H is None else weights_H.grad
 

@@ -94,8 +94,10 @@ class _ReplicatedLookup(ReferenceLookup):
         self._rows_W, self._mine_W = [rows for *_, rows in shards], [rows] * exchange.world
         self.block_RD, self.moment_R = self.weight_RD[self.block], self.moment_R[self.block].clone()
 
-    def update(self, hits: Hits, gradient_GD: Tensor) -> Tensor:
-        gradient_H = reference.weights_gradient(self.weight_RD, hits.rows_H, hits.offsets_G1, gradient_GD)
+    def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
+        gradient_H = None
+        if of_weights:
+            gradient_H = reference.weights_gradient(self.weight_RD, hits.rows_H, hits.offsets_G1, gradient_GD)
         gradient_HD = gradient_GD.repeat_interleave(hits.offsets_G1.diff(), dim=0) * hits.weights_H[:, None]
         gradient_nD = torch.zeros_like(self.weight_RD).index_add_(0, hits.rows_H, gradient_HD)
         message, world = self._wire.encode(gradient_nD), self._exchange.world

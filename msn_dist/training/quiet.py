@@ -12,6 +12,7 @@ def quiet_libraries() -> None:
     UserWarnings stay: "autograd kernel was not registered", which means a lost gradient, is one of them.
     """
     # Deprecated names that torchrec calls in torch.distributed, and DDP's broadcast_buffers.
+    warnings.filterwarnings("ignore", "TBE B200 optimization", UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torchrec\..*|torch\.distributed\..*")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # "is_fx_tracing will return true"
     # "will NOT be pipelined": memory slots are born in the forward, so it is so on purpose.
