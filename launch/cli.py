@@ -1,6 +1,7 @@
 """The `msn` command. Heavy libraries are imported by the command that needs them.
 
-Exit codes: 0 fine, 1 a failure inside (with a traceback), 2 bad input (one message), 130 interrupted.
+Exit codes: 0 fine, 1 a failure inside (with a traceback), 2 bad input (one message), 4 another rank was lost (what
+each of the others knows of it), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import importlib.metadata
 import os
 import signal
 import sys
+import threading
 import traceback
 from enum import StrEnum
 from pathlib import Path
@@ -19,8 +21,8 @@ from rich.console import Console
 from rich.text import Text
 
 import msn_dist
-from msn_dist.errors import InputError
-from msn_dist.launch.processes import choose_nproc, claim_failure, is_worker, launch
+from msn_dist.errors import InputError, PeerLost
+from msn_dist.launch.processes import PEER_LOST, choose_nproc, claim_failure, is_worker, launch
 from msn_dist.training.quiet import quiet_libraries
 
 CHECKOUT = Path(msn_dist.__file__).resolve().parent.parent
@@ -45,8 +47,9 @@ Target = Annotated[Path, typer.Argument(help="Folder to write; left alone if it 
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit; the one place where InputError becomes a message."""
+    """Run the command line and exit; the one place where an error becomes a message."""
     quiet_libraries()
+    threading.excepthook = _thread_failed
     if is_worker():
         # Python would wait for the current collective to end before it reacts to Ctrl-C.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -58,6 +61,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         raise
     except InputError as error:
         _fail(2, str(error))
+    except PeerLost as error:
+        _fail(PEER_LOST, str(error))
     except Exception:
         _fail(1, traceback.format_exc())
 
@@ -186,6 +191,13 @@ def _fail(code: int, explanation: str) -> NoReturn:
         sys.stderr.flush()
         os._exit(code if first is None else first)
     sys.exit(code)
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """PeerLost may come from a thread, as the main one may be waiting for that peer."""
+    if issubclass(failure.exc_type, PeerLost):
+        _fail(PEER_LOST, str(failure.exc_value))
+    threading.__excepthook__(failure)
 
 
 def _explain(message: str) -> None:

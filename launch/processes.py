@@ -9,8 +9,15 @@ import sys
 import tempfile
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msn_dist.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+PEER_LOST = 4  # exit code
+_AGENT_KILLS_AFTER = 25  # seconds after SIGTERM, or nearly 30
 
 
 def is_worker() -> bool:
@@ -65,14 +72,7 @@ def launch(command: list[str], nproc: int) -> int:
         try:
             elastic_launch(config, sys.executable)("-u", *command)
         except ChildFailedError as error:
-            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            for rank, code in codes.items():
-                # A process that a signal ends cannot explain itself; SIGTERM is how we end the others.
-                if code < 0 and code != -signal.SIGTERM:
-                    name = signal.Signals(-code).name
-                    hint = "; is the machine out of memory?" if name == "SIGKILL" else ""
-                    print(f"rank {rank} was ended by {name}{hint}", file=sys.stderr)
-            return 2 if 2 in codes.values() else 1
+            return _common_exit_code(error.failures)
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -82,16 +82,37 @@ def launch(command: list[str], nproc: int) -> int:
     return 0
 
 
-def claim_failure(exit_code: int) -> int | None:
-    """Let the first rank of this node that fails speak for all of them.
+def _common_exit_code(failures: dict[int, ProcessFailure]) -> int:
+    """Explain the processes that a signal ended, as they could not; return 2 before 1, and 1 before PEER_LOST."""
+    first = min(failure.timestamp for failure in failures.values())
+    causes = set()
+    for rank, failure in failures.items():
+        code = failure.exitcode
+        if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+            continue  # how the others are ended
+        if code == -signal.SIGKILL and failure.timestamp - first >= _AGENT_KILLS_AFTER:
+            print(f"rank {rank} did not end when it was told to, and was killed", file=sys.stderr)
+            continue
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = "; is the machine out of memory?" if name == "SIGKILL" else ""
+            print(f"rank {rank} was ended by {name}{hint}", file=sys.stderr)
+        causes.add(code)
+    return 2 if 2 in causes else PEER_LOST if causes == {PEER_LOST} else 1
 
-    Returns None if that is this process, else the exit code of the rank that was first: a rank that
+
+def claim_failure(exit_code: int) -> int | None:
+    """Let the first rank of this node that fails by itself speak for all of them; those who lost a peer may all speak.
+
+    Returns None if this process may speak, else the exit code of the rank that was first: a rank that
     fails after it most likely only lost its peer.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt/local_rank/error.json
     if error_file is None:
         return None
     claim = Path(error_file).parents[1] / "first_failure"
+    if exit_code == PEER_LOST:
+        return int(claim.read_text()) if claim.exists() else None
     mine = claim.with_name(f"failure_{os.getpid()}")
     mine.write_text(str(exit_code))
     try:

@@ -46,6 +46,7 @@ class _ClockSpan:
     def wait(self) -> None:
         self._waited_from = time.perf_counter()
         self._work.wait()
+        self._work = None  # which holds what has travelled
         self._waited_until = time.perf_counter()
 
     def seconds(self) -> tuple[float, float]:
@@ -66,6 +67,7 @@ class _StreamSpan:
             self._work.wait()
             self._complete.record()
         torch.cuda.current_stream().wait_event(self._complete)
+        self._work = None  # which holds what has travelled
 
     def completed(self) -> bool:
         """Whether a message that was waited for has come: the host has not waited, the stream has."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -17,6 +17,8 @@ from torchrec.distributed.types import ShardingEnv
 
 from msn_dist.config import TrainingConfig
 from msn_dist.errors import InputError
+from msn_dist.sharding import flight_record
+from msn_dist.training.last_words import last_words
 
 Result = TypeVar("Result")
 
@@ -58,7 +60,10 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(training: TrainingConfig) -> Iterator[Ranks]:
-    """Join the process group that torchrun's environment names (or one of a single process); leave it at the end."""
+    """Join the process group that torchrun's environment names (or one of a single process); leave it at the end.
+
+    A collective that fails in here because of another rank, whichever collective it is, is raised as PeerLost.
+    """
     device = choose_device(training)
     environment = {name: int(os.environ.get(name, default)) for name, default in _ALONE.items()}
     rank, world = environment["RANK"], environment["WORLD_SIZE"]
@@ -72,22 +77,28 @@ def joined_ranks(training: TrainingConfig) -> Iterator[Ranks]:
         timeout=timedelta(seconds=training.timeout_seconds),
     )
     group = dist.group.WORLD
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=training.timeout_seconds))
-    # TorchRec's asynchronous row-wise backward needs an uneven all-gather, which gloo has not.
-    set_use_sync_collectives(device.type == "cpu")
-    clean = False
+    record = flight_record.of(group)
     try:
-        yield Ranks(rank, world, environment["LOCAL_WORLD_SIZE"], device, group, control)
-        clean = True
-    except InputError:  # raised on every rank
-        clean = True
-        raise
-    finally:
-        if clean:
-            # in this order: a model that outlives its group aborts the process at exit
-            dist.barrier(group=control)
-            gc.collect()
-            dist.destroy_process_group()
+        with last_words(record) if world > 1 else nullcontext():
+            control = dist.new_group(backend="gloo", timeout=timedelta(seconds=training.timeout_seconds))
+            # TorchRec's asynchronous row-wise backward needs an uneven all-gather, which gloo has not.
+            set_use_sync_collectives(device.type == "cpu")
+            try:
+                yield Ranks(rank, world, environment["LOCAL_WORLD_SIZE"], device, group, control)
+            except InputError:  # raised on every rank
+                with suppress(RuntimeError):  # of a peer that has gone meanwhile
+                    _leave(control)
+                raise
+            _leave(control)
+    except Exception as error:
+        raise record.lost(error) from error
+
+
+def _leave(control: dist.ProcessGroup) -> None:
+    # in this order: a model that outlives its group aborts the process at exit
+    dist.barrier(group=control)
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def choose_device(training: TrainingConfig) -> torch.device:
