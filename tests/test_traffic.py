@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from msn_dist.errors import InputError
 from msn_dist.memory.placement import Placement
 from msn_dist.memory.values import MemoryValues, ValueSharding
 from msn_dist.planner.traffic import Demand, bytes_of_step
@@ -21,6 +22,8 @@ SLOTS, DIM, HITS = 143, 20, 6
 WIRES = ["fp32", "bf16", "fp16", "int8"]
 BAGS = {1: [[5]], 2: [[4, 7], [0, 3]], 3: [[2, 0, 9]], 4: [[3, 5, 0, 2], [0, 0, 8, 0]]}  # of the ranks, by world size
 
+REFUSED = [("two_level", 3, DIM), ("column", 1, 6)]  # strategy, ranks a node, width, on 4 ranks
+
 
 def slots_of(bags: list[int]) -> list[torch.Tensor]:
     """Few slots, so that some rows are hit again."""
@@ -28,9 +31,19 @@ def slots_of(bags: list[int]) -> list[torch.Tensor]:
     return [torch.randint(SLOTS, (count, HITS), generator=generator) ** 2 % SLOTS for count in bags]
 
 
+def sharded(strategy: str, group: dist.ProcessGroup, wire: str = "fp32", node: int = 1, dim: int = DIM):
+    layout = ValueSharding(strategy, wire)
+    table = MemoryValues(SLOTS, dim, init_std=1.0, seed=0, sharding=layout, device="meta")
+    return shard_values(table, group, ValueOptimizer(), torch.device("cpu"), node)
+
+
 def counted(rank: int, world: int) -> dict[tuple, tuple[dict, list[int]]]:
     """By (deal of bags, strategy, wire, ranks a node): what this rank's exchange has counted in one step."""
     found = {}
+    for strategy, node, dim in REFUSED:
+        with pytest.raises(InputError) as refusal:
+            sharded(strategy, dist.group.WORLD, node=node, dim=dim)
+        found["refused", strategy] = str(refusal.value)
     for size, deals in BAGS.items():
         group = dist.new_group(list(range(size)))  # a call of all ranks, for a group of some
         if rank >= size:
@@ -40,9 +53,7 @@ def counted(rank: int, world: int) -> dict[tuple, tuple[dict, list[int]]]:
             for strategy in STRATEGIES:
                 for wire in WIRES:
                     for node in (1, 2, 4) if strategy == "two_level" and size == 4 else (1,):
-                        layout = ValueSharding(strategy, wire)
-                        table = MemoryValues(SLOTS, DIM, init_std=1.0, seed=0, sharding=layout, device="meta")
-                        values = shard_values(table, group, ValueOptimizer(), torch.device("cpu"), node)
+                        values = sharded(strategy, group, wire, node)
                         weights_ML = torch.rand(slots_ML.shape, requires_grad=True)
                         values(slots_ML, weights_ML).sum().backward()
                         traffic = values.exchange.traffic
@@ -72,6 +83,15 @@ def test_every_message_has_the_bytes_of_its_formula(strategy: str, found) -> Non
                 assert by_peer[rank] == 0
             checked += 1
     assert checked >= 4 * len(WIRES)
+
+
+def test_what_no_deal_of_rows_or_columns_can_serve_is_refused_on_every_rank(found) -> None:
+    for of_rank in found:
+        assert of_rank["refused", "two_level"] == (
+            "memory.strategy=two_level: 4 ranks are not a multiple of the 3 of this node; start as many on every node, "
+            "or use row_pooled"
+        )
+        assert "values of width 6 leave a rank of 4 without columns" in of_rank["refused", "column"]
 
 
 def test_what_a_rank_keeps_and_what_is_empty_is_not_counted() -> None:

@@ -22,6 +22,7 @@ class Exchange:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group, self.device = group, device
+        self.memory = "a memory"  # for people; the sharder gives the name of its module
         self.rank, self.world = group.rank(), group.size()
         self.traffic = Traffic(self.world)
         self.overlap = Overlap(device)
@@ -38,7 +39,7 @@ class Exchange:
         send_bytes_W[self.rank] = 0
         self.traffic.add(direction, name, send_bytes_W)
         sequence = self._record.departed(
-            f"{direction} {name}", send_bytes_W, [row_bytes * rows for rows in receive_splits]
+            f"{direction} {name} of {self.memory}", send_bytes_W, [row_bytes * rows for rows in receive_splits]
         )
         received = sent.new_empty(sum(receive_splits), *sent.shape[1:])
         with torch.profiler.record_function(f"## exchange {direction} {name} ##"):

@@ -66,7 +66,8 @@ class _LookUp(Function):
     @once_differentiable
     def backward(ctx, gradient_GD):
         lookup, hits, part_of = ctx.lookup, ctx.hits, ctx.part_of
-        gradient_GD = gradient_GD / ctx.world
+        if ctx.world > 1:
+            gradient_GD = gradient_GD / ctx.world
         if part_of.size == 1:
             gradient_H = lookup.update(hits, gradient_GD)
         else:

@@ -7,9 +7,12 @@ rest is hidden.  On a GPU both are measured by events on the streams, else by th
 from __future__ import annotations
 
 import time
+from collections import deque
 
 import torch
 import torch.distributed as dist
+
+_KEPT = 4096  # messages, if nobody reads
 
 
 class Overlap:
@@ -17,7 +20,7 @@ class Overlap:
 
     def __init__(self, device: torch.device) -> None:
         self._span = _StreamSpan if device.type == "cuda" else _ClockSpan
-        self._spans: list[_StreamSpan | _ClockSpan] = []
+        self._spans: deque[_StreamSpan | _ClockSpan] = deque(maxlen=_KEPT)
 
     def departed(self, work: dist.Work) -> _StreamSpan | _ClockSpan:
         """A message that has just been handed to the network."""
@@ -27,7 +30,7 @@ class Overlap:
     def read(self) -> tuple[float, float]:
         """(seconds under way, seconds of these that were waited for) since the last call."""
         times = [span.seconds() for span in self._spans]
-        self._spans = []
+        self._spans.clear()
         return sum(flying for flying, _ in times), sum(waited for _, waited in times)
 
 

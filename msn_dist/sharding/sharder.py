@@ -33,9 +33,11 @@ class MemoryValuesSharder(ModuleSharder[MemoryValues]):
         module_fqn: str | None = None,
     ) -> ShardedMemoryValues:
         """The layout is that of `module.sharding.strategy`; of the plan only the presence of the module counts."""
-        return shard_values(
+        values = shard_values(
             module, env.process_group, self._optimizer, device or torch.device("cpu"), self._ranks_per_node
         )
+        values.exchange.memory = module_fqn or values.exchange.memory
+        return values
 
     @property
     def module_type(self) -> type[MemoryValues]:
