@@ -83,4 +83,6 @@ class _Underway(Flight):
                 raise self._record.lost(error) from error
             self._record.arrived(self._sequence, self._span.completed)
             self._sent = None
+            if self._received.is_cuda:  # it may have been allocated on another stream
+                self._received.record_stream(torch.cuda.current_stream())
         return self._received

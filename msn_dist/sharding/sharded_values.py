@@ -35,6 +35,7 @@ from msn_dist.sharding.exchange import Exchange
 from msn_dist.sharding.fused_optimizer import ValueFusedOptimizer
 from msn_dist.sharding.hits import Hits, Round, look_up
 from msn_dist.sharding.lookup import Lookup
+from msn_dist.sharding.streams import Aside
 from msn_dist.sharding.wire import wires
 
 Result = TypeVar("Result")
@@ -90,6 +91,7 @@ class ShardedMemoryValues(ShardedModule[Hits, Tensor, Tensor, ExchangeContext], 
         self.exchange = Exchange(group, device)
         self.wire = table.sharding.wire if self.exchange.world > 1 else "fp32"
         self.values_wire, self.gradient_wire = wires(self.wire, device, seed=self.exchange.rank)
+        self._aside = Aside(device)
         self._mesh = DeviceMesh.from_group(group, device.type)
 
     def _register(self, weight: Tensor, moment: Tensor, weight_at: Placement, moment_at: Placement) -> None:
@@ -122,21 +124,26 @@ class ShardedMemoryValues(ShardedModule[Hits, Tensor, Tensor, ExchangeContext], 
         All ranks must come with the same number of chunks.  `chunks` is drawn from one by one; its computing is what
         the exchange hides behind.  Rows are updated once, when all chunks have their gradients.
         """
-        contexts: list[ExchangeContext] = []
-        arriving: list[Awaitable] = []
         part_of = Round()
+        counted: list[tuple[ExchangeContext, Awaitable[Awaitable[Hits]], Any]] = []
+        arriving: list[Awaitable[Hits]] = []
         for slots_ML, weights_ML in chunks:
-            contexts.append(self.create_context())
-            contexts[-1].part_of = part_of
-            arriving.append(self.input_dist(contexts[-1], slots_ML, weights_ML))
-            if len(arriving) > 1:
-                arriving[-2] = arriving[-2].wait()
-        arriving[-1] = arriving[-1].wait()
+            if counted:  # the chunk before, whose counts have travelled while this one was computed
+                arriving.append(self._hits_depart(*counted[-1]))
+            ctx = self.create_context()
+            ctx.part_of = part_of
+            counted.append((ctx, self.input_dist(ctx, slots_ML, weights_ML), self._aside.mark()))
+        arriving.append(self._hits_depart(*counted[-1]))
         part_of.size = len(arriving)
         returning = [
-            self.output_dist(ctx, self.compute(ctx, hits.wait())) for ctx, hits in zip(contexts, arriving, strict=True)
+            self.output_dist(ctx, self.compute(ctx, hits.wait()))
+            for (ctx, *_), hits in zip(counted, arriving, strict=True)
         ]
         return [pooled.wait() for pooled in returning]
+
+    def _hits_depart(self, ctx: ExchangeContext, counts: Awaitable[Awaitable[Hits]], mark: Any) -> Awaitable[Hits]:
+        with self._aside.after(mark):
+            return counts.wait()
 
     @abstractmethod
     def input_dist(self, ctx: ExchangeContext, slots_ML: Tensor, weights_ML: Tensor) -> Awaitable[Awaitable[Hits]]:
