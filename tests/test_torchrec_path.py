@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 
+from benchmarks.torchrec_path import TorchRecValues, TorchRecValuesSharder
 from msn_dist.memory import MemoryValues
 from msn_dist.memory.values import ValueSharding
 from msn_dist.planner import make_plan
 from msn_dist.sharding import MemoryValuesSharder, ValueOptimizer
 from ranks import run_ranks
-from torchrec_path import TorchRecValues, TorchRecValuesSharder
 
 OPTIMIZER = ValueOptimizer(learning_rate=0.3, eps=1e-8)
 # More keyword arguments of MemoryValues, and what it sends on 4 ranks at most of TorchRec's bytes for the same step.

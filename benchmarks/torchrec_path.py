@@ -1,6 +1,6 @@
 """A row-sharded weighted lookup made of TorchRec's own parts, with the gradient of the weights that TorchRec drops.
 
-A cross-check for `msn_dist.sharding`: KJT input dist, TBE and reduce-scatter are TorchRec's, unchanged.
+The peer of `msn_dist.sharding`, in tests and benchmarks: KJT input dist, TBE and reduce-scatter are TorchRec's, unchanged.
 They carry the weights to the owners of the rows under no_grad, so only the way back is missing: one
 autograd node ties the weights that arrived to those that were sent, its backward is the reverse
 all-to-all.  For two ranks or more, on gloo.
