@@ -32,9 +32,12 @@ LOSSY = {
 }
 
 
-def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> int:
-    """All cases exactly; the first and the hot one with the lossy wires, in chunks, and by the other lookup."""
-    device, checked = torch.device(device), 0
+def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> list[str]:
+    """All cases exactly; the first and the hot one with the lossy wires, in chunks, and by the other lookup.
+
+    Returns what was compared.
+    """
+    device, compared = torch.device(device), []
     for case in CASES:
         rows = sum(case.rows_per_rank(world))
         expected, one_step = plain(case, rows, steps=3), plain(case, rows, steps=1)
@@ -49,10 +52,11 @@ def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> 
                 check_parity(case, truth, model, device, tolerance)
             except AssertionError as error:
                 raise AssertionError(f"{strategy} {sharding}, case {case.name!r}: {error}") from error
-            checked += 1
+            how = ", ".join(f"{key} {value}" for key, value in sharding.items()) or "wire fp32"
+            compared.append(f"W = {world}  {strategy:18}  {how:18}  {case.name}, {len(truth.steps)} steps")
             del model
         gc.collect()
-    return checked
+    return compared
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -65,7 +69,8 @@ def test_every_strategy_equals_the_plain_memory(world: int) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_strategy_equals_the_plain_memory_on_a_gpu(world: int, backend: str) -> None:
     """Several NCCL ranks share a GPU if NCCL is 2.30 or newer and NCCL_MULTI_RANK_GPU_ENABLE=1."""
-    run_ranks(parity_of_all, world, "cuda", list(STRATEGIES), backend=backend)
+    compared, *_ = run_ranks(parity_of_all, world, "cuda", list(STRATEGIES), backend=backend)
+    print(f"{backend} on {torch.cuda.get_device_name()}", *compared, sep="\n")
 
 
 @pytest.mark.parametrize("world", [4, 6, 100])

@@ -75,19 +75,19 @@ class Column(ShardedMemoryValues):
         world = self.exchange.world
         ctx.bags, hits = slots_ML.shape
         counts = self.exchange.swap_counts(torch.full((world, 1), ctx.bags, device=slots_ML.device))
-        row_ML = self.placement.row_of(slots_ML).to(self.row_dtype)
+        row_H = self.placement.row_of(slots_ML).to(self.row_dtype).flatten().repeat(world)
+        weights_H = weights_ML.flatten().repeat(world)
 
         def hits_depart() -> Awaitable[Hits]:
             ctx.bags_W = counts.wait().flatten().tolist()
-            wire = HitWire(row_ML.flatten().repeat(world), weight_dtype(self.wire))
+            wire = HitWire(row_H, weight_dtype(self.wire))
             send_W, receive_W = [ctx.bags * hits] * world, [bags * hits for bags in ctx.bags_W]
-            trip = Trip(self.exchange, "hits", send_W, receive_W, wire, Cast(torch.float32))
-            trip.depart(weights_ML.flatten().repeat(world))
+            trip = Trip(self.exchange, "hits", send_W, receive_W, wire, Cast(torch.float32)).depart(weights_H)
 
             def hits_arrive() -> Hits:
-                weights_H = trip.arrive()
-                offsets_G1 = torch.arange(sum(ctx.bags_W) + 1, device=weights_H.device) * hits
-                return Hits(wire.rows_H, weights_H, offsets_G1)
+                arrived_H = trip.arrive()
+                offsets_G1 = torch.arange(sum(ctx.bags_W) + 1, device=arrived_H.device) * hits
+                return Hits(wire.rows_H, arrived_H, offsets_G1)
 
             return Later(hits_arrive)
 

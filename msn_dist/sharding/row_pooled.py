@@ -51,6 +51,7 @@ class RowPooled(RowSharded):
         owner_ML, row_ML = self.owners(slots_ML)
         buckets = bucket(owner_ML, self.exchange.world)
         ctx.bags, ctx.hits = slots_ML.shape
+        row_H, weights_H = row_ML.flatten()[buckets.order_H], weights_ML.flatten()[buckets.order_H]
         sent_W2 = torch.stack([buckets.hits_W, self._sums_W(buckets)], dim=1)
         received = self.exchange.swap_counts(sent_W2)
 
@@ -58,14 +59,13 @@ class RowPooled(RowSharded):
             # the one synchronisation with the host, which wants the splits
             sent, owed = torch.stack([sent_W2, received.wait()]).transpose(1, 2).tolist()
             (send_W, ctx.due_W), (receive_W, ctx.owed_W) = sent, owed
-            row_H, segments = self._segments(ctx, buckets, row_ML.flatten()[buckets.order_H])
-            wire = HitWire(row_H, weight_dtype(self.wire))
-            trip = Trip(self.exchange, "hits", send_W, receive_W, wire, Cast(torch.float32))
-            trip.depart(weights_ML.flatten()[buckets.order_H])
+            marked_H, segments = self._segments(ctx, buckets, row_H)
+            wire = HitWire(marked_H, weight_dtype(self.wire))
+            trip = Trip(self.exchange, "hits", send_W, receive_W, wire, Cast(torch.float32)).depart(weights_H)
 
             def hits_arrive() -> Hits:
-                weights_H = trip.arrive()
-                return self._bags(ctx, wire.rows_H, weights_H, segments)
+                arrived_H = trip.arrive()
+                return self._bags(ctx, wire.rows_H, arrived_H, segments)
 
             return Later(hits_arrive)
 

@@ -142,8 +142,12 @@ class ShardedMemoryValues(ShardedModule[Hits, Tensor, Tensor, ExchangeContext], 
         return [pooled.wait() for pooled in returning]
 
     def _hits_depart(self, ctx: ExchangeContext, counts: Awaitable[Awaitable[Hits]], mark: Any) -> Awaitable[Hits]:
+        # no autograd in here but the message's: what a node saves would be freed while this stream still reads it
         with self._aside.after(mark):
-            return counts.wait()
+            hits = counts.wait()
+        if mark is not None:
+            ctx.record_stream(torch.cuda.current_stream())
+        return hits
 
     @abstractmethod
     def input_dist(self, ctx: ExchangeContext, slots_ML: Tensor, weights_ML: Tensor) -> Awaitable[Awaitable[Hits]]:

@@ -1,16 +1,59 @@
-"""Checkpoints by torch.distributed.checkpoint: written by all ranks, readable at any world size."""
+"""Checkpoints by torch.distributed.checkpoint: written by all ranks, readable at any world size and with any strategy.
+
+A checkpoint holds tensors under flat names: ``model.`` parameters and tables, ``fused_optimizer.state.`` Adagrad
+accumulators of the tables, ``dense_optimizer.state.`` what AdamW keeps.
+"""
 
 from __future__ import annotations
 
+import pickle
 import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from msn_dist.errors import InputError
 from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import Ranks
+
+_SHOWN = 3  # of the tensors that do not fit
+
+
+class Checkpoints:
+    """The checkpoint at `path`, a folder that all ranks see, written while training goes on.
+
+    Every method is a collective call.  What `path` holds is replaced only when the new state is complete.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks) -> None:
+        self.path, self._ranks = path, ranks
+        # A group of its own: messages of the writing thread would mix with those of training.  It keeps torch's timeout
+        # of half an hour: in the end each rank waits for the slowest disk.
+        self._group = dist.new_group(backend="gloo")
+        self._writing: Future | None = None
+
+    def save(self, model: DistributedModelParallel, optimizers: Optimizers) -> None:
+        """Copy the state of model and optimizers to the host, and write the copy in the background."""
+        self.wait()
+        writer = _Replacing(self.path, self._ranks)
+        self._writing = dcp.async_save(_state(model, optimizers), storage_writer=writer, process_group=self._group)
+
+    def wait(self) -> None:
+        """Return when the state that was saved last is at `path`; InputError if it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            with _explained(f"{self.path}: the checkpoint cannot be written"):
+                writing.result()
 
 
 def save_checkpoint(path: Path, model: DistributedModelParallel, optimizers: Optimizers, ranks: Ranks) -> None:
@@ -18,27 +61,117 @@ def save_checkpoint(path: Path, model: DistributedModelParallel, optimizers: Opt
 
     What `path` held is replaced only when the new state is complete.
     """
-    state = {
-        "model": model.state_dict(),
-        "fused_optimizer": model.fused_optimizer.state_dict(),
-        "dense_optimizer": optimizers.dense.state_dict(),
-    }
-    draft = path.with_name(path.name + ".draft")
-    if ranks.rank == 0:
-        shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
-    dist.barrier(group=ranks.control)
-    dcp.save(state, checkpoint_id=draft, process_group=ranks.control)
-    if ranks.rank == 0:
-        old = path.with_name(path.name + ".old")
-        if path.exists():
-            path.rename(old)
-        draft.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    dist.barrier(group=ranks.control)
+    write(path, _state(model, optimizers), ranks)
+
+
+def load_checkpoint(path: Path, model: DistributedModelParallel, optimizers: Optimizers, ranks: Ranks) -> None:
+    """Read what `save_checkpoint` wrote, at any world size and with any strategy, so that training can go on.
+
+    A collective call.  The state has no step: learning rates follow from the step that the caller counts.
+    """
+    optimizers.make_state()
+    state = _state(model, optimizers)
+    read(path, state, ranks)
+    model.load_state_dict(state["model"])
+    model.fused_optimizer.load_state_dict(state["fused_optimizer"])
+    optimizers.dense.load_state_dict(state["dense_optimizer"])
 
 
 def load_model(path: Path, model: DistributedModelParallel, ranks: Ranks) -> None:
     """Read the model's parameters, saved at any world size; a collective call."""
     state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=path, process_group=ranks.control)
+    read(path, state, ranks)
     model.load_state_dict(state["model"])
+
+
+def write(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
+    """Write any state, sharded or the same on all ranks; what `path` held is replaced when it is complete."""
+    writer = _Replacing(path, ranks)
+    with _explained(f"{path}: the checkpoint cannot be written"):
+        dcp.save(state, storage_writer=writer, process_group=ranks.control)
+
+
+def read(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
+    """Read into the tensors of `state`, however they were sharded when they were written; InputError as below."""
+    tensors_in(path, ranks)
+    with _explained(f"{path}: the checkpoint cannot be read"):
+        dcp.load(state, checkpoint_id=path, process_group=ranks.control)
+
+
+def tensors_in(path: Path, ranks: Ranks) -> dict[str, TensorStorageMetadata]:
+    """Shape and dtype of every tensor of a checkpoint, by its flat name; InputError if it cannot be read."""
+
+    def metadata() -> Metadata:
+        try:
+            return dcp.FileSystemReader(path).read_metadata()
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"{path}: the checkpoint cannot be read ({error})") from None
+
+    return ranks.together(metadata).state_dict_metadata
+
+
+def require_shapes(model: DistributedModelParallel, shapes: Mapping[str, torch.Size], place: Path) -> None:
+    """InputError, which names what differs, unless the checkpoint at `place` with these `shapes` is one of `model`."""
+    here = {f"model.{name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    there = {name: tuple(shape) for name, shape in shapes.items() if name.startswith("model.")}
+    different = [name for name in sorted(here | there) if here.get(name) != there.get(name)]
+    if different:
+        lines = [
+            f"{name.removeprefix('model.')} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+            for name in different[:_SHOWN]
+        ]
+        more = [f"and {len(different) - _SHOWN} more differ"] * (len(different) > _SHOWN)
+        raise InputError(
+            f"{place}: is of another model; only memory.sub_keys may be larger than there: {', '.join(lines + more)}"
+        )
+
+
+def _state(model: DistributedModelParallel, optimizers: Optimizers) -> dict[str, Any]:
+    return {
+        "model": model.state_dict(),
+        "fused_optimizer": model.fused_optimizer.state_dict(),
+        "dense_optimizer": optimizers.dense.state_dict(),
+    }
+
+
+class _Replacing(dcp.FileSystemWriter):
+    """Writes a draft beside `path`, which takes its place when all ranks have written their parts."""
+
+    def __init__(self, path: Path, ranks: Ranks) -> None:
+        draft = path.with_name(path.name + ".draft")
+        if ranks.rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
+        dist.barrier(group=ranks.control)
+        super().__init__(draft)
+        self._place = path
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A copy on the host.  The base class makes two, one after the other."""
+        stager = DefaultStager(
+            StagingOptions(False, False, False, False)
+        )  # nothing pinned, shared or in the background
+        copy = stager.stage(state_dict)
+        stager.close()
+        return copy
+
+    def finish(self, metadata: Metadata, results: list) -> None:
+        """Called on one rank, when all have written; the others' calls return after it."""
+        super().finish(metadata, results)
+        old = self._place.with_name(self._place.name + ".old")
+        if self._place.exists():
+            self._place.rename(old)
+        Path(self.path).rename(self._place)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _explained(failure: str) -> Iterator[None]:
+    """What a rank could not read or write is raised on all of them: as InputError if it is the storage's fault."""
+    try:
+        yield
+    except CheckpointException as error:  # not an Exception
+        causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+        rank, cause = next(iter(causes.items()))
+        if all(isinstance(cause, OSError) for cause in causes.values()):
+            raise InputError(f"{failure} (rank {rank}: {cause})") from None
+        raise RuntimeError(f"{failure}\n{error}") from None

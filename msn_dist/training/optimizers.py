@@ -91,6 +91,13 @@ class Optimizers:
             torch.nn.utils.clip_grad_norm_(self._dense_parameters.values(), self._config.dense.clip_norm)
         self.dense.step()
 
+    def make_state(self) -> None:
+        """Let AdamW make its state, which it else does in the first step, so that a checkpoint can be read into it."""
+        for group in self.dense.param_groups:
+            group["lr"] = 0.0  # this step is to change nothing; `set_rates` comes before the next one
+        self.dense.init_state()
+        self.zero_grad()
+
     def zero_grad(self) -> None:
         self.dense.zero_grad(set_to_none=True)
 

@@ -12,7 +12,9 @@ def quiet_libraries() -> None:
     UserWarnings stay: "autograd kernel was not registered", which means a lost gradient, is one of them.
     """
     # Deprecated names that torchrec calls in torch.distributed, and DDP's broadcast_buffers.
-    warnings.filterwarnings("ignore", "TBE B200 optimization", UserWarning)
+    warnings.filterwarnings("ignore", "TBE B200 optimization", UserWarning)  # fbgemm tells of a feature
+    # torchrec 1.6 on torch 2.11, whenever it makes a ShardingEnv
+    warnings.filterwarnings("ignore", "`_get_pg_default_device` will be deprecated|Multiple backends are", UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torchrec\..*|torch\.distributed\..*")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # "is_fx_tracing will return true"
     # "will NOT be pipelined": memory slots are born in the forward, so it is so on purpose.

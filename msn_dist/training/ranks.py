@@ -69,6 +69,9 @@ def joined_ranks(training: TrainingConfig) -> Iterator[Ranks]:
     rank, world = environment["RANK"], environment["WORLD_SIZE"]
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # so that a collective that is given up raises here, instead of a minute later ending the process by an abort
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=None if "WORLD_SIZE" in os.environ else dist.HashStore(),

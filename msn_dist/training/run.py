@@ -15,6 +15,7 @@ from msn_dist.training.checkpoint import load_model  # noqa: E402
 from msn_dist.training.console import Console  # noqa: E402
 from msn_dist.training.evaluation import evaluate as evaluate_model  # noqa: E402
 from msn_dist.training.evaluation import open_split  # noqa: E402
+from msn_dist.training.origin import Origin  # noqa: E402
 from msn_dist.training.ranks import joined_ranks  # noqa: E402
 from msn_dist.training.report import write_report  # noqa: E402
 from msn_dist.training.sharded_model import build_sharded_model  # noqa: E402
@@ -22,25 +23,33 @@ from msn_dist.training.summary import memory_usage, summarise  # noqa: E402
 from msn_dist.training.trainer import Trainer  # noqa: E402
 
 
-def train(config: RunConfig, run_path: Path) -> None:
+def train(config: RunConfig, run_path: Path, init: Path | None = None) -> None:
     """Train, test the best state, and leave a run directory with a report.
 
-    Raises InputError, on every rank, for bad data, settings that do not fit the world size, or a
-    run directory that is in use.
+    `init` is an earlier run whose best state is the start; its memory may have fewer sub-keys.
+    Raises InputError, on every rank, for bad data, settings that do not fit the world size or the
+    earlier run, or a run directory that is in use.
     """
     data = config.data.model_copy(update={"path": str(Path(config.data.path).resolve())})
     config = config.model_copy(update={"data": data})  # so that the run can be evaluated from any folder
     with joined_ranks(config.training) as ranks:
         schema = ranks.together(lambda: load_schema(config.data.path))
         run = RunDirectory(run_path)
+        origin = Origin(init, config, ranks) if init is not None else None
         trainer = Trainer(config, schema, run, ranks)
+        if origin is not None:
+            origin.require_fit(trainer.model)
         test_data = open_split("test", config.data, schema, ranks)
         # last, so that refused data or settings leave no directory behind
         ranks.together(lambda: RunDirectory.create(config, run_path) if ranks.rank == 0 else None)
         if ranks.rank == 0:
             run.write_plan(trainer.plan.as_json(), str(trainer.plan))
+        if origin is not None:
+            origin.load(trainer.model, trainer.optimizers, run)
         with Console(ranks.rank, trainer.total_steps, trainer.steps_per_epoch) as console:
-            trainer.fit(console)
+            if origin is not None:
+                console.say(str(origin))
+            trainer.fit(console, keep_start=origin is not None)
             test = trainer.evaluate("test", test_data, console)
         summary = summarise(trainer, test)
         if ranks.rank == 0:

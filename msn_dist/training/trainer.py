@@ -15,9 +15,10 @@ from msn_dist.data.batch import Batch
 from msn_dist.data.handshake import in_step
 from msn_dist.data.parquet import ParquetReader
 from msn_dist.data.schema import Schema
+from msn_dist.errors import InputError
 from msn_dist.memory import MemoryHealth
 from msn_dist.models.loss import task_losses
-from msn_dist.training.checkpoint import load_model, save_checkpoint
+from msn_dist.training.checkpoint import Checkpoints, load_model
 from msn_dist.training.console import Console
 from msn_dist.training.evaluation import autocast, evaluate, open_split
 from msn_dist.training.exchange_meter import ExchangeMeter
@@ -48,20 +49,28 @@ class Trainer:
         self.meter = ExchangeMeter(self.memories, ranks)  # the same
         self.health: dict[str, MemoryHealth] = {}  # of the last full interval
         self.best: dict[str, Any] | None = None
+        self._checkpoints = Checkpoints(run.checkpoint, ranks)
         self._validated_at: int | None = None
 
-    def fit(self, console: Console) -> None:
-        """Train to the last step; afterwards the model holds its best state."""
+    def fit(self, console: Console, *, keep_start: bool = False) -> None:
+        """Train to the last step; afterwards the model holds its best state, which may be the first if `keep_start`."""
         warmup = self.config.optimizer.warmup_steps
         if warmup >= self.total_steps:
             console.say(f"note: {self.total_steps} steps end within optimizer.warmup_steps={warmup}; rates stay low")
         self._interval = _Interval()
-        for epoch in range(self.config.training.epochs):
-            self.epoch = epoch
-            self.train_data.set_epoch(epoch)
-            self._train_epoch(console)
-            if self._at_the_end():
-                break
+        try:
+            if keep_start:
+                self._validate(console)
+            for epoch in range(self.config.training.epochs):
+                self.epoch = epoch
+                self.train_data.set_epoch(epoch)
+                self._train_epoch(console)
+                if self._at_the_end():
+                    break
+        except InputError:  # raised on every rank, and a checkpoint may be half written
+            self._checkpoints.wait()
+            raise
+        self._checkpoints.wait()
         load_model(self.run.checkpoint, self.model, self.ranks)
 
     def _train_epoch(self, console: Console) -> None:
@@ -157,7 +166,7 @@ class Trainer:
         auc = metrics[self.schema.labels[0]]["auc"]
         if self.best is None or auc > self.best["auc"] or math.isnan(self.best["auc"]):
             self.best = {"auc": auc, "step": self.step, "metrics": metrics}
-            save_checkpoint(self.run.checkpoint, self.model, self.optimizers, self.ranks)
+            self._checkpoints.save(self.model, self.optimizers)
 
     def evaluate(self, split: str, data: ParquetReader, console: Console) -> dict[str, dict[str, float]]:
         """Metrics of every task over all rows of a split, written to the run; a collective call."""

@@ -1,0 +1,183 @@
+"""A state saved on four ranks is the same state on any number of them, and trains on to the same losses."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_training import STEPS, batches_of_rank
+from torch import Tensor
+from torchrec.distributed.comm_ops import set_use_sync_collectives
+
+from msn_dist.config import TrainingConfig
+from msn_dist.errors import InputError
+from msn_dist.planner import plan
+from msn_dist.training import checkpoint
+from msn_dist.training.checkpoint import Checkpoints, load_checkpoint, read, save_checkpoint, tensors_in
+from msn_dist.training.ranks import Ranks, joined_ranks
+from msn_dist.training.run_directory import RunDirectory
+from msn_dist.training.trainer import Trainer
+from ranks import run_ranks
+from tiny_data import MEMORY, SCHEMA, config_of, write_data
+
+SAVED_AFTER = 3  # of the six steps
+LOADED_AS = {1: ["row_pooled"], 2: ["row_pooled", "column"], 3: ["row_pooled", "replicated"], 4: [], 8: ["row_pooled"]}
+
+
+def trainer_of(folder: Path, ranks: Ranks, seed: int = 5, strategy: str = "row_pooled") -> Trainer:
+    memory = MEMORY | {"strategy": strategy}
+    return Trainer(config_of(folder / "data", "msn_ffn", memory=memory, seed=seed), SCHEMA, RunDirectory(folder), ranks)
+
+
+def train(trainer: Trainer, folder: Path, steps: range) -> list[float]:
+    """This rank's loss in each of these steps."""
+    batches = batches_of_rank(folder / "data", trainer.ranks.world, trainer.ranks.rank)
+    trainer.model.train()
+    losses = []
+    for trainer.step in steps:
+        losses.append(trainer._train_step(batches[trainer.step], STEPS[trainer.step]).item())
+    return losses
+
+
+def hashes(trainer: Trainer) -> dict[str, list[str]]:
+    """Of values and Adagrad state of every memory, in 16 ranges of slots, in the order of slots; a collective call."""
+    found = {}
+    for name, values in trainer.memories.items():
+        slots = values.placement.row_of(torch.arange(values.slots))
+        (state,) = values.fused_optimizer.state_dict()["state"].values()
+        for kind, tensor in {"weight": values.state_dict()["weight"], **state}.items():
+            in_order = tensor.full_tensor()[slots]
+            found[f"{name} {kind}"] = [sha256(part.numpy().tobytes()).hexdigest() for part in in_order.tensor_split(16)]
+    return found
+
+
+def contents(path: Path, ranks: Ranks) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole on every rank."""
+    state = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in tensors_in(path, ranks).items()}
+    read(path, state, ranks)
+    return state
+
+
+def save_and_train_on(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """Two saves in the background, held up until training has gone on."""
+    path, found = folder / "checkpoint", {}
+    held, write_data = threading.Event(), checkpoint._Replacing.write_data
+
+    def write_later(writer: Any, *arguments: Any) -> Any:
+        assert held.wait(60)
+        return write_data(writer, *arguments)
+
+    checkpoint._Replacing.write_data = write_later
+    checkpoints = Checkpoints(path, trainer.ranks)
+    train(trainer, folder, range(SAVED_AFTER - 1))
+    checkpoints.save(trainer.model, trainer.optimizers)
+    train(trainer, folder, range(SAVED_AFTER - 1, SAVED_AFTER))
+    found["before the first is complete"] = path.exists()
+    held.set()
+    checkpoints.wait()
+    first = (path / ".metadata").read_bytes()
+
+    held.clear()
+    checkpoints.save(trainer.model, trainer.optimizers)
+    found["hashes"] = hashes(trainer)
+    found["losses"] = train(trainer, folder, range(SAVED_AFTER, len(STEPS)))
+    found["before the second is complete"] = (path / ".metadata").read_bytes() == first
+    held.set()
+    checkpoints.wait()
+    found["hashes at the end"] = hashes(trainer)
+    found["folders"] = sorted(entry.name for entry in folder.iterdir())
+    return found
+
+
+def at_one_world_size(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    set_use_sync_collectives(True)  # as joined_ranks does
+    plan._ROW_WISE_FROM = 35  # so that an id table is cut by rows
+    ranks = Ranks(rank, world, world, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
+    found = {}
+    if world == 4:
+        trainer = trainer_of(folder, ranks)
+        found["saved"] = save_and_train_on(trainer, folder)
+        del trainer
+        gc.collect()
+    for strategy in LOADED_AS[world] or ["row_pooled"]:
+        trainer = trainer_of(folder, ranks, seed=99, strategy=strategy)
+        load_checkpoint(folder / "checkpoint", trainer.model, trainer.optimizers, ranks)
+        found[strategy] = {"hashes": hashes(trainer)}
+        again = folder / f"of {world} ranks, {strategy}"
+        save_checkpoint(again, trainer.model, trainer.optimizers, ranks)
+        copies, originals = contents(again, ranks), contents(folder / "checkpoint", ranks)
+        assert copies.keys() == originals.keys()
+        found[strategy]["changed"] = [name for name in copies if not torch.equal(copies[name], originals[name])]
+        found[strategy]["losses"] = train(trainer, folder, range(SAVED_AFTER, len(STEPS)))
+        del trainer
+        gc.collect()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """By world size, what each rank found; four ranks save, and all load."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_data(folder / "data")
+    return {world: run_ranks(at_one_world_size, world, folder) for world in (4, 1, 2, 3, 8)}
+
+
+LOADED = [(world, strategy) for world, others in LOADED_AS.items() for strategy in others or ["row_pooled"]]
+
+
+def test_what_is_saved_in_the_background_is_the_state_of_then(found) -> None:
+    for of_rank in found[4]:
+        saved = of_rank["saved"]
+        assert saved["hashes"] != saved["hashes at the end"]
+        assert of_rank["row_pooled"]["hashes"] == saved["hashes"]
+
+
+def test_a_checkpoint_is_replaced_when_the_next_one_is_complete(found) -> None:
+    for of_rank in found[4]:
+        saved = of_rank["saved"]
+        assert not saved["before the first is complete"]
+        assert saved["before the second is complete"]
+        assert saved["folders"] == ["checkpoint", "data"]
+
+
+@pytest.mark.parametrize(("world", "strategy"), LOADED)
+def test_values_and_their_optimizer_state_are_the_same_slot_by_slot(world: int, strategy: str, found) -> None:
+    saved = found[4][0]["saved"]["hashes"]
+    assert sorted(saved) == ["layer0 moment", "layer0 weight", "layer2 moment", "layer2 weight"]
+    assert all(len(set(of_ranges)) == 16 for of_ranges in saved.values())
+    for of_rank in found[world]:
+        assert of_rank[strategy]["hashes"] == saved
+
+
+@pytest.mark.parametrize(("world", "strategy"), LOADED)
+def test_what_was_loaded_is_saved_again_bit_by_bit(world: int, strategy: str, found) -> None:
+    assert [of_rank[strategy]["changed"] for of_rank in found[world]] == [[]] * world
+
+
+@pytest.mark.parametrize(("world", "strategy"), LOADED)
+def test_training_goes_on_to_the_losses_of_a_run_that_was_not_interrupted(world: int, strategy: str, found) -> None:
+    expected = [sum(of_ranks) for of_ranks in zip(*(r["saved"]["losses"] for r in found[4]), strict=True)]
+    losses = [sum(of_ranks) for of_ranks in zip(*(r[strategy]["losses"] for r in found[world]), strict=True)]
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_folder_that_cannot_be_written_or_read_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    state = {"model": {"weight": torch.ones(2)}}
+    with joined_ranks(TrainingConfig(device="cpu")) as ranks:
+        with pytest.raises(InputError, match="file/checkpoint: the checkpoint cannot be written .*Not a directory"):
+            checkpoint.write(tmp_path / "file" / "checkpoint", state, ranks)
+        with pytest.raises(InputError, match="nowhere: the checkpoint cannot be read .*No such file"):
+            read(tmp_path / "nowhere", state, ranks)
+        with pytest.raises(InputError, match="nowhere: the checkpoint cannot be read .*No such file"):
+            tensors_in(tmp_path / "nowhere", ranks)
+        checkpoint.write(tmp_path / "checkpoint", state, ranks)
+        next((tmp_path / "checkpoint").glob("*.distcp")).unlink()
+        with pytest.raises(InputError, match="checkpoint: the checkpoint cannot be read .*rank 0"):
+            read(tmp_path / "checkpoint", state, ranks)
