@@ -1,9 +1,9 @@
 """A row-sharded weighted lookup made of TorchRec's own parts, with the gradient of the weights that TorchRec drops.
 
-The peer of `msn_dist.sharding`, in tests and benchmarks: KJT input dist, TBE and reduce-scatter are TorchRec's, unchanged.
-They carry the weights to the owners of the rows under no_grad, so only the way back is missing: one
-autograd node ties the weights that arrived to those that were sent, its backward is the reverse
-all-to-all.  For two ranks or more, on gloo.
+The peer of `msn_dist.sharding`, in tests and benchmarks: KJT input dist, TBE and reduce-scatter are TorchRec's,
+unchanged.  They carry the weights to the owners of the rows under no_grad, so only the way back is missing: one
+autograd node ties the weights that arrived to those that were sent, its backward is the reverse all-to-all.  For two
+ranks or more, on gloo.
 
 Shape suffixes: M bags of this rank, L hits a bag, H hits (sent or received), D value width, R rows on this rank.
 """

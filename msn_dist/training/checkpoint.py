@@ -85,15 +85,15 @@ def load_model(path: Path, model: DistributedModelParallel, ranks: Ranks) -> Non
 
 
 def write(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
-    """Write any state, sharded or the same on all ranks; what `path` held is replaced when it is complete."""
+    """Write any state, sharded or the same on all ranks, as `save_checkpoint` does; a collective call."""
     writer = _Replacing(path, ranks)
     with _explained(f"{path}: the checkpoint cannot be written"):
         dcp.save(state, storage_writer=writer, process_group=ranks.control)
 
 
 def read(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
-    """Read into the tensors of `state`, however they were sharded when they were written; InputError as below."""
-    tensors_in(path, ranks)
+    """Read into the tensors of `state`, however they were sharded when they were written; a collective call."""
+    tensors_in(path, ranks)  # explains a folder without a checkpoint, which torch would log at length
     with _explained(f"{path}: the checkpoint cannot be read"):
         dcp.load(state, checkpoint_id=path, process_group=ranks.control)
 
@@ -146,10 +146,8 @@ class _Replacing(dcp.FileSystemWriter):
         self._place = path
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A copy on the host.  The base class makes two, one after the other."""
-        stager = DefaultStager(
-            StagingOptions(False, False, False, False)
-        )  # nothing pinned, shared or in the background
+        """A copy on the host.  The base class would make two, one after the other."""
+        stager = DefaultStager(StagingOptions(False, False, False, False))  # not pinned, not shared, not later
         copy = stager.stage(state_dict)
         stager.close()
         return copy

@@ -62,7 +62,7 @@ class Origin:
             if new.top_k * old.sub_keys < old.top_k * new.sub_keys:
                 enough = -(-old.top_k * new.sub_keys // old.sub_keys)
                 text += (
-                    f"\nnote: new slots start as copies of old ones, so top_k={new.top_k} reads fewer different values; "
-                    f"memory.top_k={enough} stays closer to the metrics of before"
+                    f"\nnote: new slots start as copies of old ones, so top_k={new.top_k} finds fewer different ones; "
+                    f"memory.top_k={enough} keeps closer to the metrics of before"
                 )
         return text

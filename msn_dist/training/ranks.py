@@ -72,6 +72,7 @@ def joined_ranks(training: TrainingConfig) -> Iterator[Ranks]:
         # so that a collective that is given up raises here, instead of a minute later ending the process by an abort
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "1000")  # it sleeps four times as long first
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=None if "WORLD_SIZE" in os.environ else dist.HashStore(),
