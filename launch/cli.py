@@ -79,6 +79,9 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file, see configs/.")],
     overrides: Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="For example training.epochs=2.")] = (),
     nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default: one per GPU, or 1.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Earlier run to start from; memory.sub_keys may be larger than there.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: a new one in the config's output.")] = None,
 ) -> None:
     """Train a model and keep everything about the run in its run directory.
@@ -94,6 +97,7 @@ def train(
         processes = choose_nproc(nproc, run.training.device)
         if processes > 1:
             command = ["-m", "msn_dist.launch", "train", str(config), *overrides, "--out", str(out)]
+            command += ["--init", str(init)] if init is not None else []
             raise typer.Exit(launch(command, processes))
     elif nproc is not None:
         raise InputError(f"--nproc {nproc}: torchrun has started {os.environ['WORLD_SIZE']} processes; leave it out")
@@ -102,7 +106,7 @@ def train(
 
     from msn_dist.training import run as training
 
-    training.train(run, out)
+    training.train(run, out, init)
 
 
 @app.command()

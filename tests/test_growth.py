@@ -78,20 +78,15 @@ def checkpoint_of(case: Case) -> Contents:
 
 
 def contents(path: Path, ranks: Ranks) -> Contents:
-    """All tensors of a checkpoint, whole on every rank."""
+    """All tensors of a checkpoint, whole."""
     state = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in tensors_in(path, ranks).items()}
     read(path, state, ranks)
     return state
 
 
-def grow_all(folder: Path, ranks: Ranks) -> dict[str, Contents]:
-    """What each case grows to."""
-    grown = {}
+def grow_all(folder: Path, ranks: Ranks) -> None:
     for name, case in CASES.items():
-        target = folder / f"{name}, on {ranks.world}"
-        grow(folder / name, target, case.memory, case.new, ranks, seed=3)
-        grown[name] = contents(target, ranks)
-    return grown
+        grow(folder / name, folder / f"{name}, by {ranks.world}", case.memory, case.new, ranks, seed=3)
 
 
 def config_to_start(folder: Path, sub_keys: int) -> RunConfig:
@@ -114,8 +109,8 @@ def on_three_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
     set_use_sync_collectives(True)  # as joined_ranks does
     ranks = Ranks(rank, world, world, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
     growth._CHUNK = CHUNK
-    found = {"grown": grow_all(folder, ranks)}
-    found |= {sub_keys: valid_at_start(folder, sub_keys, ranks) for sub_keys in (MEMORY["sub_keys"], 13)}
+    grow_all(folder, ranks)
+    found = {sub_keys: valid_at_start(folder, sub_keys, ranks) for sub_keys in (MEMORY["sub_keys"], 13)}
     gc.collect()
     return found
 
@@ -139,9 +134,11 @@ def on_three(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def on_one(folder: Path) -> dict[str, Contents]:
+    """What each case grows to."""
     with pytest.MonkeyPatch.context() as patch, joined_ranks(TrainingConfig(device="cpu")) as ranks:
         patch.setattr(growth, "_CHUNK", CHUNK)
-        return grow_all(folder, ranks)
+        grow_all(folder, ranks)
+        return {name: contents(folder / f"{name}, by 1", ranks) for name in CASES}
 
 
 def by_slot(table: Tensor, groups: int, sub_keys: int) -> Tensor:
@@ -198,12 +195,12 @@ def test_the_state_of_keys_grows_by_zeros_and_all_else_is_unchanged(name: str, o
             assert new[key].count_nonzero() == old[key].count_nonzero()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_three_ranks_grow_the_same_bits_as_one(name: str, on_one, on_three) -> None:
-    for of_rank in on_three:
-        grown = of_rank["grown"][name]
-        assert grown.keys() == on_one[name].keys()
-        assert [key for key, tensor in on_one[name].items() if not torch.equal(grown[key], tensor)] == []
+def test_three_ranks_grow_the_same_bits_as_one(folder: Path, on_one, on_three) -> None:
+    with joined_ranks(TrainingConfig(device="cpu")) as ranks:
+        for name in CASES:
+            grown = contents(folder / f"{name}, by 3", ranks)
+            assert grown.keys() == on_one[name].keys()
+            assert [key for key, tensor in on_one[name].items() if not torch.equal(grown[key], tensor)] == []
 
 
 @pytest.mark.parametrize("name", ["twice as many", "of groups"])
@@ -233,6 +230,15 @@ def test_a_run_starts_from_another_with_more_sub_keys(folder: Path, on_three, tm
     for of_rank in on_three:
         for task, expected in first["metrics"].items():
             assert of_rank[13][task] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_starts_from_one_on_a_cpu(folder: Path, on_three, tmp_path: Path) -> None:
+    on_gpu = TrainingConfig(device="cuda", max_steps=6)
+    run.train(config_to_start(folder, 13).model_copy(update={"training": on_gpu}), tmp_path / "run", folder / "run")
+    first, *_ = RunDirectory.open(tmp_path / "run").records("eval")
+    for task, expected in on_three[0][13].items():
+        assert first["metrics"][task] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_run_starts_where_another_was_best_at_any_world_size(folder: Path, on_three) -> None:
