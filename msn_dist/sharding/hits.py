@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torchrec.streamable import Multistreamable
 
-from msn_dist.kernels import reference
-from msn_dist.sharding.lookup import Lookup
+from msn_dist.sharding.lookup import Lookup, weights_gradient
 
 
 @dataclass
@@ -73,7 +72,7 @@ class _LookUp(Function):
         else:
             gradient_H = None
             if hits.weights_H is not None:
-                gradient_H = reference.weights_gradient(lookup.weight_RD, hits.rows_H, hits.offsets_G1, gradient_GD)
+                gradient_H = weights_gradient(lookup.weight_RD, hits, gradient_GD)
             part_of.done.append((hits, gradient_GD))
             if len(part_of.done) == part_of.size:
                 all_hits, gradients = zip(*part_of.done, strict=True)

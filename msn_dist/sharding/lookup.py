@@ -85,7 +85,7 @@ class ReferenceLookup:
         gradient_HD, gradient_H = gradient_GD, None
         if hits.weights_H is not None:
             if of_weights:
-                gradient_H = reference.weights_gradient(self.weight_RD, hits.rows_H, hits.offsets_G1, gradient_GD)
+                gradient_H = weights_gradient(self.weight_RD, hits, gradient_GD)
             gradient_HD = gradient_GD.repeat_interleave(hits.offsets_G1.diff(), dim=0) * hits.weights_H[:, None]
         touched_U, where_H = torch.unique(hits.rows_H, return_inverse=True)
         gradient_UD = gradient_GD.new_zeros(len(touched_U), gradient_GD.shape[1])
@@ -144,6 +144,15 @@ class FbgemmLookup:
 
     def set_learning_rate(self, learning_rate: float) -> None:
         self._tbe.set_learning_rate(learning_rate)
+
+
+def weights_gradient(values_RD: Tensor, hits: Hits, gradient_GD: Tensor) -> Tensor:
+    """`reference.weights_gradient`, without its temporaries [H, D]: what `embedding_bag` runs in its backward."""
+    lengths_G = hits.offsets_G1.diff()
+    bag_H = torch.arange(len(lengths_G), device=lengths_G.device).repeat_interleave(lengths_G)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        gradient_GD.contiguous(), values_RD, hits.rows_H.long(), hits.offsets_G1[:-1], bag_H, 0
+    )
 
 
 LOOKUPS = {"fbgemm": FbgemmLookup, "reference": ReferenceLookup}

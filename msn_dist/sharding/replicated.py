@@ -27,7 +27,7 @@ from msn_dist.memory.health import MemoryHealth, SlotUsage
 from msn_dist.memory.values import MemoryValues
 from msn_dist.sharding.exchange import Exchange
 from msn_dist.sharding.hits import Hits
-from msn_dist.sharding.lookup import ReferenceLookup, ValueOptimizer
+from msn_dist.sharding.lookup import ReferenceLookup, ValueOptimizer, weights_gradient
 from msn_dist.sharding.row_sharded import shard_of
 from msn_dist.sharding.sharded_values import ExchangeContext, ShardedMemoryValues
 from msn_dist.sharding.wire import Wire
@@ -97,7 +97,7 @@ class _ReplicatedLookup(ReferenceLookup):
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
         gradient_H = None
         if of_weights:
-            gradient_H = reference.weights_gradient(self.weight_RD, hits.rows_H, hits.offsets_G1, gradient_GD)
+            gradient_H = weights_gradient(self.weight_RD, hits, gradient_GD)
         gradient_HD = gradient_GD.repeat_interleave(hits.offsets_G1.diff(), dim=0) * hits.weights_H[:, None]
         gradient_nD = torch.zeros_like(self.weight_RD).index_add_(0, hits.rows_H, gradient_HD)
         message, world = self._wire.encode(gradient_nD), self._exchange.world

@@ -2,7 +2,7 @@
 
 config.yaml           the resolved settings, as `msn train` takes them
 plan.json, plan.txt   where each table lies, for programs and for people
-metrics.jsonl         one record a logging interval and evaluation, in order of time
+metrics.jsonl         one record a logging interval and evaluation, in order of time; what the run started from (--init)
 tensorboard/          the same numbers as events
 memory_usage.json     how often slots were hit, at the end of the run (models with a memory)
 summary.json          the result; its absence means that the run has not finished
