@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 
 import pytest
 import torch
+
+# Triton reads this when a kernel is defined, so it comes before any import of one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Ranks of a test are forked from a process that has done the imports, and nothing else.
 multiprocessing.set_forkserver_preload(["msn_dist.training.run"])

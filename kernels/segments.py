@@ -1,0 +1,302 @@
+"""Sums over all hits of a row, without atomics: hits sorted by row, and the runs of equal rows, the segments, summed.
+
+A program takes a tile of S sorted hits and owns the segments that begin in it.  All of them end in it but the last,
+which may go on: its further hits are taken S at a time.  So that a row with a million hits costs no million steps,
+two kernels run before: every aligned chunk of hits that lies in one segment is summed to one row of partial sums, and
+every aligned group of chunks likewise; the walk along the last segment takes those rows in the hits' place.  The order
+of every sum is fixed by the sorted hits alone, so that runs repeat to the bit.
+
+Shape suffixes: R rows of the table, D its width, G bags, H hits, C chunks, P rows of partial sums (chunks, then
+groups); in kernels S hits of one tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from msn_dist.kernels.sparse_bags import Bags
+from msn_dist.kernels.support import interpreted
+
+CHUNK = tl.constexpr(32)  # hits
+GROUP = tl.constexpr(2048)  # hits
+MOST_HITS = 2**31 - 2**20
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """How launches over sorted hits are cut: hits of a tile (a power of two up to CHUNK) and warps of a program."""
+
+    hits: int
+    warps: int
+    registers: int | None = None  # of a thread, at most
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Hits in ascending order of their rows, and partial sums of weight * source over their chunks and groups."""
+
+    keys_H: Tensor
+    order_H: Tensor
+    bag_H: Tensor | None  # of the unsorted hits, where bags differ in size
+    weights_H: Tensor | None
+    source_GD: Tensor
+    partial_PD: Tensor
+    size: int
+    shape: TileShape
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (triton.cdiv(len(self.keys_H), self.shape.hits),)
+
+    @property
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        return self.keys_H, self.order_H, self.bag_H, self.weights_H, self.source_GD
+
+    @property
+    def constants(self) -> dict[str, int]:
+        width = self.source_GD.shape[1]
+        return dict(
+            D=width,
+            D_PAD=triton.next_power_of_2(width),
+            SIZE=self.size,
+            S=self.shape.hits,
+            num_warps=self.shape.warps,
+            **({} if interpreted() or not self.shape.registers else {"maxnreg": self.shape.registers}),
+        )
+
+
+def tile_shape(width: int) -> TileShape:
+    """About 1,024 numbers of a tile to a warp, and few warps, since what crosses them waits."""
+    padded = triton.next_power_of_2(width)
+    warps = 1 if padded <= 256 else 2 if padded == 512 else 4
+    return TileShape(min(max(1024 * warps // padded, 1), CHUNK.value), warps)
+
+
+def segments_of(
+    bags: Bags,
+    rows: int,
+    source_GD: Tensor,
+    values_RD: Tensor | None = None,
+    dot_H: Tensor | None = None,
+    shape: TileShape | None = None,
+) -> Segments:
+    """Sorts the hits and sums the chunks and groups that lie in one segment.
+
+    rows: R.  With `dot_H` [H], the products <source_GD[bag], values_RD[row]> of the hits in such chunks are written to
+    it, in the hits' own order.  Nothing here waits for the device.
+    """
+    hits, width = len(bags.rows_H), source_GD.shape[1]
+    if hits > MOST_HITS:
+        raise ValueError(f"there are {hits} hits: at most {MOST_HITS} can be sorted at once; split the bags")
+    key_dtype = torch.int16 if rows <= 2**15 else torch.int32 if rows <= 2**31 else torch.int64
+    keys_H, order_H = torch.sort(bags.rows_H.to(key_dtype), stable=True)
+    bag_H = None
+    if bags.offsets_G1 is not None:
+        each_G = torch.arange(bags.count, dtype=torch.int32, device=keys_H.device)
+        bag_H = torch.repeat_interleave(each_G, bags.offsets_G1.diff(), output_size=hits)
+    chunks, groups = hits // CHUNK.value, hits // GROUP.value
+    partial_PD = torch.empty(chunks + groups, width, dtype=torch.float32, device=keys_H.device)
+    segments = Segments(
+        keys_H, order_H, bag_H, bags.weights_H, source_GD, partial_PD, bags.size, shape or tile_shape(width)
+    )
+    if chunks:
+        each = 8 if width <= 128 else 1
+        grid = (triton.cdiv(chunks, each),)
+        sum_chunks_kernel[grid](
+            *segments.pointers, values_RD, dot_H, partial_PD, hits, CHUNKS=each, **segments.constants
+        )
+    if groups:
+        constants = segments.constants
+        del constants["SIZE"]
+        sum_groups_kernel[(groups,)](keys_H, partial_PD, hits, **constants)
+    return segments
+
+
+@triton.jit
+def load_tile(keys_ptr, order_ptr, hits, S: tl.constexpr):
+    """This program's tile: its start, hits, their keys and order; where segments begin, and where the last one does."""
+    start = tl.program_id(0) * S
+    hit_S = start + tl.arange(0, S)
+    key_S = tl.load(keys_ptr + hit_S, mask=hit_S < hits, other=-1)
+    previous_S = tl.load(keys_ptr + hit_S - 1, mask=(hit_S > 0) & (hit_S < hits), other=-1)
+    order_S = tl.load(order_ptr + hit_S, mask=hit_S < hits, other=0)
+    own_S = key_S != previous_S
+    return start, hit_S, key_S, order_S, own_S, tl.max(tl.where(own_S, hit_S, -1), 0)
+
+
+@triton.jit
+def weighted_sources(
+    order_S, bag_ptr, weights_ptr, source_ptr, value_SD, dot_ptr, take_S, col_D, D: tl.constexpr, SIZE: tl.constexpr
+):
+    """weight * source of hits, zeros where not taken; the products of sources and values go to dot_ptr, if any."""
+    order_S = order_S.to(tl.int32)
+    if bag_ptr is None:
+        bag_S = order_S // SIZE
+    else:
+        bag_S = tl.load(bag_ptr + order_S, mask=take_S, other=0)
+    from_SD = source_ptr + (bag_S.to(tl.int64) * D)[:, None] + col_D[None, :]
+    source_SD = tl.load(from_SD, mask=take_S[:, None] & (col_D < D)[None, :], other=0.0).to(tl.float32)
+    if dot_ptr is not None:
+        tl.store(dot_ptr + order_S, tl.sum(source_SD * value_SD.to(tl.float32), axis=1), mask=take_S)
+    if weights_ptr is not None:
+        weight_S = tl.load(weights_ptr + order_S, mask=take_S, other=0.0).to(tl.float32)
+        source_SD = source_SD * weight_S[:, None]
+    return source_SD
+
+
+@triton.jit
+def load_rows(values_ptr, row_S, take_S, col_D, D: tl.constexpr):
+    from_SD = values_ptr + (row_S.to(tl.int64) * D)[:, None] + col_D[None, :]
+    return tl.load(from_SD, mask=take_S[:, None] & (col_D < D)[None, :], other=0.0)
+
+
+@triton.jit
+def sum_tail(
+    keys_ptr,
+    order_ptr,
+    bag_ptr,
+    weights_ptr,
+    source_ptr,
+    values_ptr,
+    dot_ptr,
+    partial_ptr,
+    hits,
+    start,
+    begin,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    SIZE: tl.constexpr,
+    S: tl.constexpr,
+):
+    """Sum [D] of the segment that begins at hit `begin` of the tile at `start`, without that hit."""
+    lane_S = tl.arange(0, S)
+    col_D = tl.arange(0, D_PAD)
+    last = tl.load(keys_ptr + begin)
+    row_S = tl.zeros([S], tl.int64) + last.to(tl.int64)
+    sum_SD = tl.zeros([S, D_PAD], tl.float32)
+    at = start
+    key = tl.load(keys_ptr + begin + 1, mask=begin + 1 < hits, other=-1)
+    while key == last:
+        chunk_end = tl.where((at > begin) & (at % CHUNK == 0), at + CHUNK, hits + 1)
+        whole_chunk = tl.load(keys_ptr + chunk_end - 1, mask=chunk_end <= hits, other=-1) == last
+        if whole_chunk:
+            group_end = tl.where(at % GROUP == 0, at + GROUP, hits + 1)
+            whole_group = tl.load(keys_ptr + group_end - 1, mask=group_end <= hits, other=-1) == last
+            stride = tl.where(whole_group, GROUP, CHUNK)
+            # Chunks are taken up to where a group begins, and groups without an end.
+            end = tl.where(whole_group, hits, tl.minimum((at // GROUP + 1) * GROUP, hits))
+            partial = tl.where(whole_group, hits // CHUNK, 0) + at // stride
+            end_S = at + (lane_S + 1) * stride
+            take_S = tl.load(keys_ptr + end_S - 1, mask=end_S <= end, other=-1) == last
+            sum_SD += load_rows(partial_ptr, partial + lane_S, take_S, col_D, D)
+            at += stride * tl.sum(take_S.to(tl.int32), 0)
+        else:
+            hit_S = at + lane_S
+            take_S = tl.load(keys_ptr + hit_S, mask=(hit_S > begin) & (hit_S < hits), other=-1) == last
+            order_S = tl.load(order_ptr + hit_S, mask=take_S, other=0)
+            value_SD = sum_SD
+            if dot_ptr is not None:
+                value_SD = load_rows(values_ptr, row_S, take_S, col_D, D)
+            sum_SD += weighted_sources(
+                order_S, bag_ptr, weights_ptr, source_ptr, value_SD, dot_ptr, take_S, col_D, D, SIZE
+            )
+            at += S
+        key = tl.load(keys_ptr + at, mask=at < hits, other=-1)
+    return tl.sum(sum_SD, axis=0)
+
+
+@triton.jit
+def sum_heads(
+    keys_ptr,
+    order_ptr,
+    bag_ptr,
+    weights_ptr,
+    source_ptr,
+    dot_ptr,
+    hit_S,
+    key_S,
+    order_S,
+    own_S,
+    last_begin,
+    value_SD,
+    col_D,
+    D: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Sums [S, D] of the segments that begin in the tile (at own_S), of the one at last_begin its first hit alone."""
+    sum_SD = weighted_sources(order_S, bag_ptr, weights_ptr, source_ptr, value_SD, dot_ptr, own_S, col_D, D, SIZE)
+    # The others end in the tile: their second hits at once, then their third ones, and so on.
+    take_S = own_S & (hit_S < last_begin)
+    take_S = take_S & (tl.load(keys_ptr + hit_S + 1, mask=take_S, other=-1) == key_S)
+    beyond = 1
+    while tl.max(take_S.to(tl.int32), 0) > 0:
+        at_S = hit_S + beyond
+        next_S = tl.load(order_ptr + at_S, mask=take_S, other=0)
+        sum_SD += weighted_sources(next_S, bag_ptr, weights_ptr, source_ptr, value_SD, dot_ptr, take_S, col_D, D, SIZE)
+        beyond += 1
+        take_S = take_S & (tl.load(keys_ptr + at_S + 1, mask=take_S, other=-1) == key_S)
+    return sum_SD
+
+
+@triton.jit(do_not_specialize=["hits"])
+def sum_chunks_kernel(
+    keys_ptr,
+    order_ptr,
+    bag_ptr,
+    weights_ptr,
+    source_ptr,
+    values_ptr,
+    dot_ptr,
+    partial_ptr,
+    hits,
+    CHUNKS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    SIZE: tl.constexpr,
+    S: tl.constexpr,
+):
+    first = tl.program_id(0) * CHUNKS
+    start_C = (first + tl.arange(0, CHUNKS)) * CHUNK
+    full_C = start_C + CHUNK <= hits
+    head_C = tl.load(keys_ptr + start_C, mask=full_C, other=-1)
+    foot_C = tl.load(keys_ptr + start_C + CHUNK - 1, mask=full_C, other=-2)
+    if tl.max((head_C == foot_C).to(tl.int32), 0) == 0:
+        return
+    lane_S = tl.arange(0, S)
+    col_D = tl.arange(0, D_PAD)
+    for c in range(CHUNKS):
+        chunk = first + c
+        start = chunk * CHUNK
+        full = start + CHUNK <= hits
+        key = tl.load(keys_ptr + start, mask=full, other=-1)
+        if key == tl.load(keys_ptr + start + CHUNK - 1, mask=full, other=-2):
+            take_S = lane_S >= 0
+            sum_SD = tl.zeros([S, D_PAD], tl.float32)
+            value_SD = sum_SD
+            if dot_ptr is not None:
+                value_SD = load_rows(values_ptr, tl.zeros([S], tl.int64) + key.to(tl.int64), take_S, col_D, D)
+            for done in range(0, CHUNK, S):
+                order_S = tl.load(order_ptr + start + done + lane_S)
+                sum_SD += weighted_sources(
+                    order_S, bag_ptr, weights_ptr, source_ptr, value_SD, dot_ptr, take_S, col_D, D, SIZE
+                )
+            tl.store(partial_ptr + chunk.to(tl.int64) * D + col_D, tl.sum(sum_SD, axis=0), mask=col_D < D)
+
+
+@triton.jit(do_not_specialize=["hits"])
+def sum_groups_kernel(keys_ptr, partial_ptr, hits, D: tl.constexpr, D_PAD: tl.constexpr, S: tl.constexpr):
+    group = tl.program_id(0)
+    key = tl.load(keys_ptr + group * GROUP)
+    if key == tl.load(keys_ptr + group * GROUP + GROUP - 1):
+        col_D = tl.arange(0, D_PAD)
+        lane_S = tl.arange(0, S)
+        sum_SD = tl.zeros([S, D_PAD], tl.float32)
+        for done in range(0, GROUP // CHUNK, S):
+            sum_SD += load_rows(partial_ptr, group * (GROUP // CHUNK) + done + lane_S, lane_S >= 0, col_D, D)
+        to_D = partial_ptr + (hits // CHUNK + group).to(tl.int64) * D + col_D
+        tl.store(to_D, tl.sum(sum_SD, axis=0), mask=col_D < D)
