@@ -37,6 +37,30 @@ def product_key_topk(row_scores_MN: Tensor, col_scores_MN: Tensor, k: int) -> tu
     return scores_MK, row_MK * row_scores_MN.shape[1] + col_MK
 
 
+def retrieve(
+    row_queries_MHE: Tensor,
+    col_queries_MHE: Tensor,
+    row_keys_HNE: Tensor,
+    col_keys_HNE: Tensor,
+    k: int,
+    tau: float,
+) -> tuple[Tensor, Tensor]:
+    """slots_MHK (int64, row * N + column, best first) and weights_MHK, their softmax, float32 at least.
+
+    H heads with their own sub-keys, E key width of one half.  Scores are (q . key) * tau, in float32 at least
+    whatever the operands are: 16-bit scores would tie.  Differentiable through the weights.
+    """
+    dtype = torch.promote_types(row_queries_MHE.dtype, torch.float32)
+    with torch.autocast(row_queries_MHE.device.type, enabled=False):
+        row_MHN, col_MHN = (
+            torch.einsum("mhe,hne->mhn", queries_MHE.to(dtype), keys_HNE.to(dtype)) * tau
+            for queries_MHE, keys_HNE in ((row_queries_MHE, row_keys_HNE), (col_queries_MHE, col_keys_HNE))
+        )
+    scores_XK, slots_XK = product_key_topk(row_MHN.flatten(0, 1), col_MHN.flatten(0, 1), k)
+    shape_MH = row_MHN.shape[:2]
+    return slots_XK.unflatten(0, shape_MH), scores_XK.softmax(dim=-1).unflatten(0, shape_MH)
+
+
 def pair_candidates(k: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """0-based indices i_C, j_C (int64) of the pairs with (i + 1) * (j + 1) <= k."""
     one_to_k = torch.arange(1, k + 1, device=device)
@@ -82,3 +106,32 @@ def rowwise_adagrad_(
     """
     moment_R += mean_square(gradient_RD) if mean_square_R is None else mean_square_R
     values_RD -= lr * gradient_RD / (moment_R.sqrt() + eps)[:, None]
+
+
+def sgd_(values_RD: Tensor, gradient_RD: Tensor, lr: float) -> None:
+    """One step in place: v -= lr * g."""
+    values_RD -= lr * gradient_RD
+
+
+def rowwise_adam_(
+    values_RD: Tensor,
+    first_RD: Tensor,
+    moment_R: Tensor,
+    gradient_RD: Tensor,
+    hit_R: Tensor,
+    lr: float,
+    eps: float,
+    beta1: float,
+    beta2: float,
+    step: int,
+) -> None:
+    """One step, the `step`-th from 1, of Adam with one second moment a row, in place and for the rows in hit_R (bool).
+
+    f = beta1 f + (1 - beta1) g; m = beta2 m + (1 - beta2) mean_d(g^2);
+    v -= lr * f / (1 - beta1^step) / (sqrt(m / (1 - beta2^step)) + eps), as FBGEMM's PARTIAL_ROWWISE_ADAM.
+    """
+    gradient_XD = gradient_RD[hit_R]
+    first_RD[hit_R] = beta1 * first_RD[hit_R] + (1 - beta1) * gradient_XD
+    moment_R[hit_R] = beta2 * moment_R[hit_R] + (1 - beta2) * mean_square(gradient_XD)
+    root_X = (moment_R[hit_R] / (1 - beta2**step)).sqrt() + eps
+    values_RD[hit_R] -= lr / (1 - beta1**step) * first_RD[hit_R] / root_X[:, None]
