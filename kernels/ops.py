@@ -1,0 +1,106 @@
+"""The Triton kernels as operators of torch (`torch.ops.msn_dist`), which torch.compile takes as they are.
+
+`retrieve` is differentiable.  The gather has no gradient of its own, and the update works in place: a table's gradient
+never exists, so the two halves are called by the look-up's own autograd function.
+
+Shape suffixes: M queries, H heads, N sub-keys of an axis, E key width of one half, K hits of a head; R rows of a value
+table, D its width, G bags, and H hits in the sparse operators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msn_dist.kernels import retrieval
+from msn_dist.kernels import sparse_gather as gather
+from msn_dist.kernels import sparse_update as update
+
+
+@torch.library.custom_op("msn_dist::retrieve", mutates_args=())
+def retrieve(
+    row_queries_MHE: Tensor, col_queries_MHE: Tensor, row_keys_HNE: Tensor, col_keys_HNE: Tensor, k: int, tau: float
+) -> tuple[Tensor, Tensor]:
+    """slots_MHK (int64) and weights_MHK (float32), as `kernels.retrieval.retrieve`; differentiable to all operands."""
+    return retrieval.retrieve(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, tau)
+
+
+@retrieve.register_fake
+def _(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, tau):
+    shape_MHK = (*row_queries_MHE.shape[:2], k)
+    weights_MHK = row_queries_MHE.new_empty(shape_MHK, dtype=torch.float32)
+    return torch.empty_like(weights_MHK, dtype=torch.int64), weights_MHK
+
+
+@torch.library.custom_op("msn_dist::retrieve_backward", mutates_args=())
+def retrieve_backward(
+    row_queries_MHE: Tensor,
+    col_queries_MHE: Tensor,
+    row_keys_HNE: Tensor,
+    col_keys_HNE: Tensor,
+    slots_MHK: Tensor,
+    weights_MHK: Tensor,
+    gradient_MHK: Tensor,
+    tau: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the operands of `retrieve`, shaped and typed as they are."""
+    return retrieval.retrieve_backward(
+        row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, slots_MHK, weights_MHK, gradient_MHK, tau
+    )
+
+
+@retrieve_backward.register_fake
+def _(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, slots_MHK, weights_MHK, gradient_MHK, tau):
+    operands = (row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE)
+    return tuple(operand.new_empty(operand.shape) for operand in operands)
+
+
+def _keep(ctx, inputs, output) -> None:
+    *operands, _, ctx.tau = inputs
+    ctx.save_for_backward(*operands, *output)
+
+
+def _gradients(ctx, _, gradient_MHK):
+    return *retrieve_backward(*ctx.saved_tensors, gradient_MHK, ctx.tau), None, None
+
+
+retrieve.register_autograd(_gradients, setup_context=_keep)
+
+
+@torch.library.custom_op("msn_dist::sparse_gather", mutates_args=())
+def sparse_gather(values_RD: Tensor, rows: Tensor, weights: Tensor | None, offsets_G1: Tensor | None) -> Tensor:
+    """pooled_GD, float32, as `kernels.sparse_gather.sparse_gather`."""
+    return gather.sparse_gather(values_RD, rows, weights, offsets_G1)
+
+
+@sparse_gather.register_fake
+def _(values_RD, rows, weights, offsets_G1):
+    bags = len(rows) if offsets_G1 is None else len(offsets_G1) - 1
+    return values_RD.new_empty((bags, values_RD.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("msn_dist::sparse_adagrad_", mutates_args=("values_RD", "moment_R"))
+def sparse_adagrad_(
+    values_RD: Tensor,
+    moment_R: Tensor,
+    rows: Tensor,
+    weights: Tensor | None,
+    offsets_G1: Tensor | None,
+    gradient_GD: Tensor,
+    lr: float,
+    eps: float,
+    of_weights: bool,
+) -> Tensor:
+    """One step of row-wise Adagrad by `kernels.sparse_update.sparse_update`, in place.
+
+    Returns the gradient of the weights before it, float32 and shaped as the rows; [0] without `of_weights`.
+    """
+    rule, state = update.RowwiseAdagrad(lr, eps), update.RowState(moment_R)
+    bags = rows, weights, offsets_G1
+    gradient = update.sparse_update(values_RD, state, *bags, gradient_GD, rule, of_weights=of_weights)
+    return gradient if of_weights else moment_R.new_empty(0)
+
+
+@sparse_adagrad_.register_fake
+def _(values_RD, moment_R, rows, weights, offsets_G1, gradient_GD, lr, eps, of_weights):
+    return rows.new_empty(rows.shape if of_weights else 0, dtype=torch.float32)
