@@ -62,8 +62,11 @@ class MemoryConfig(Part):
         "fp32", description="what values and their gradients travel as; 16 bits and less take the weights along in 16"
     )
     chunks: PositiveInt = Field(1, description="parts of a batch whose exchange hides behind the retrieval of the next")
-    lookup: Literal["auto", "fbgemm", "reference"] = Field(
-        "auto", description="back end of the sharded table's lookup; auto: fbgemm where the strategy can use it"
+    lookup: Literal["auto", "reference", "fbgemm", "triton"] = Field(
+        "auto", description="back end of the sharded table's lookup; auto: triton on a GPU, else fbgemm"
+    )
+    retrieval: Literal["auto", "reference", "triton"] = Field(
+        "auto", description="back end of the search for slots; auto: triton on a GPU, else reference"
     )
 
     @model_validator(mode="after")
@@ -75,10 +78,10 @@ class MemoryConfig(Part):
             )
         if self.value_dim is not None and self.value_dim % 4:
             raise ValueError(f"value_dim={self.value_dim} is not a multiple of 4, as the lookup needs")
-        if self.lookup == "fbgemm" and self.strategy in ("column", "replicated"):
+        if self.lookup in ("fbgemm", "triton") and self.strategy in ("column", "replicated"):
             raise ValueError(
-                f"lookup: fbgemm cannot serve strategy: {self.strategy}, whose optimizer step takes part of every row "
-                "from other ranks; leave lookup out"
+                f"lookup: {self.lookup} cannot serve strategy: {self.strategy}, whose optimizer step takes part of "
+                "every row from other ranks; leave lookup out"
             )
         if (self.groups is not None) != (self.share == "group"):
             raise ValueError("groups and share: group belong together; set both or neither")

@@ -103,6 +103,16 @@ CASES = {
         ["data.batch_size=1"],
         "data.batch_size=1 is less than one row for each of 2 ranks",
     ),
+    "a look-up that cannot run here": (
+        lambda data: None,
+        ["memory.lookup=triton"],
+        "memory.lookup=triton: the kernels need a CUDA GPU, and the device is cpu; set memory.lookup to auto or ",
+    ),
+    "a retrieval that cannot run here": (
+        lambda data: None,
+        ["memory.retrieval=triton"],
+        "memory.retrieval=triton: the kernels need a CUDA GPU, and the device is cpu; set memory.retrieval to auto ",
+    ),
     "attention without histories": (
         lambda data: (data / "schema.yaml").write_text(
             "{name: tiny, tables: {user: 40}, ids: {user: user}, labels: [view], group: user}"
@@ -129,6 +139,8 @@ def test_training_on_two_ranks_ends_with_exit_code_2_and_one_message(case: str, 
     *progress, error = output.splitlines()
     assert bool(progress) == (spoil is BAD_ID or "test split" in case)
     assert error.startswith(message.format(data=config.parent / "data"))
+    if progress:
+        assert progress.pop(0) == "memory back ends: retrieval reference, lookup fbgemm"
     assert all(text.startswith(("step ", "valid ", "note: ")) for text in progress)
 
 
@@ -144,6 +156,7 @@ def train_on_two_ranks(folder: Path, arguments: list[str]) -> tuple[list[int | N
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TRITON_INTERPRET": "0",  # as a user's environment
             "TORCHELASTIC_ERROR_FILE": str(folder / "errors" / str(rank) / "error.json"),
         }
         for rank in range(2)
@@ -195,6 +208,9 @@ def test_the_launched_command_explains_bad_input_in_the_middle_of_training_once(
         ("memory.top_k=10", "memory: top_k=10 is larger than sub_keys=9"),
         ("memory.strategy=row_polled", "memory.strategy: input should be 'row_pooled', 'row_pooled_sparse', "),
         ("memory={strategy: column, lookup: fbgemm}", "memory: lookup: fbgemm cannot serve strategy: column"),
+        ("memory={strategy: replicated, lookup: triton}", "memory: lookup: triton cannot serve strategy: replicated"),
+        ("memory.lookup=tbe", "memory.lookup: input should be 'auto', 'reference', 'fbgemm' or 'triton', found 'tbe'"),
+        ("memory.retrieval=fbgemm", "memory.retrieval: input should be 'auto', 'reference' or 'triton', found "),
         ("memory.wire=fp8", "memory.wire: input should be 'fp32', 'bf16', 'fp16' or 'int8', found 'fp8'"),
         ("memory.value_dim=6", "memory: value_dim=6 is not a multiple of 4"),
         ("model.width=15", "width=15 is not a multiple of tokens=2"),

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from memory_parity import Case, Tolerance, check_parity, plain, sharded
 from msn_dist.errors import InputError
@@ -32,9 +33,16 @@ LOSSY = {
 }
 
 
-def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> list[str]:
-    """All cases exactly; the first and the hot one with the lossy wires, in chunks, and by the other lookup.
+NO_OTHER_LOOKUP = ("column", "replicated")
+# The retrieval does not know of the strategy, so once is enough.
+INTERPRETED = {name: {"lookup": "triton"} for name in STRATEGIES if name not in NO_OTHER_LOOKUP}
+INTERPRETED["row_pooled"] = {"lookup": "triton", "retrieval": "triton"}
 
+
+def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> list[str]:
+    """All cases exactly; the first and the hot one with the lossy wires, in chunks, and by the other back ends.
+
+    Kernels are the default on a GPU, and get everything; the interpreter is slow, and gets one step of the first case.
     Returns what was compared.
     """
     device, compared = torch.device(device), []
@@ -44,10 +52,19 @@ def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> 
         settings = [({}, expected, Tolerance())]
         if case in (CASES[0], CASES[3]):
             settings += [({"wire": wire}, one_step, tolerance) for wire, tolerance in LOSSY.items() if world > 1]
-            settings += [({"chunks": 3}, expected, Tolerance()), ({"lookup": "reference"}, expected, Tolerance())]
-        for strategy, (sharding, truth, tolerance) in product(strategies, settings):
+            other = {"lookup": "reference", "retrieval": "reference"}
+            settings += [({"chunks": 3}, expected, Tolerance()), (other, expected, Tolerance())]
+            if device.type == "cuda":
+                settings.append(({"lookup": "fbgemm"}, expected, Tolerance()))
+        every = list(product(strategies, settings))
+        if device.type == "cpu" and case is CASES[0]:
+            every += [(strategy, (kernels, one_step, Tolerance())) for strategy, kernels in INTERPRETED.items()]
+        for strategy, (sharding, truth, tolerance) in every:
+            if strategy in NO_OTHER_LOOKUP:
+                sharding = {key: value for key, value in sharding.items() if key != "lookup"}
             node = 2 if world == 4 else 1
             model = sharded(case, device, node, strategy=strategy, **sharding)
+            assert_back_ends(model, strategy, sharding, device)
             try:
                 check_parity(case, truth, model, device, tolerance)
             except AssertionError as error:
@@ -57,6 +74,15 @@ def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> 
             del model
         gc.collect()
     return compared
+
+
+def assert_back_ends(model: DistributedModelParallel, strategy: str, asked: dict, device: torch.device) -> None:
+    """Those that were asked for; else the kernels on a GPU."""
+    on_gpu = device.type == "cuda"
+    lookup = "reference" if strategy in NO_OTHER_LOOKUP else "triton" if on_gpu else "fbgemm"
+    expected = {"lookup": lookup, "retrieval": "triton" if on_gpu else "reference"} | asked
+    found = {"lookup": model.module.values.lookup.name, "retrieval": model.module.keys.back_end(device)}
+    assert all(found[part] == expected[part] for part in found), (found, expected)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

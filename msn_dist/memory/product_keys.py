@@ -3,6 +3,8 @@
 Two small sets of N sub-keys stand for n = N * N keys: slot r = I * N + J scores
 s_row[I] + s_col[J], so its top-k comes from the top-k of each axis, at a cost of 2 N instead of N^2.
 
+The search itself has two back ends that are given the same operands: `kernels.reference`, and Triton kernels.
+
 Shape suffixes: B samples, T tokens, D model width, H heads, E key width of one half (d_k),
 N sub-keys per axis, K slots read, M = B * T * H queries.
 """
@@ -11,14 +13,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from msn_dist.config import MemoryConfig
+from msn_dist.errors import InputError
 from msn_dist.kernels import reference
+from msn_dist.kernels.support import interpreted, why_no_triton
 
 
 class KeyAxis(nn.Module):
-    """Scores of every query against the N sub-keys of one axis.
+    """Queries and the N sub-keys of one axis, which score
 
     s = LN(W x) . LN(Theta C)^T * tau.  The codes C over-parameterize the keys: through Theta,
     sub-keys that no query selected still move (as in SimVQ), which keeps the memory in use.
@@ -53,10 +56,13 @@ class KeyAxis(nn.Module):
             keys_HNE = self.theta @ keys_HNE if self.mix else keys_HNE @ self.theta.transpose(1, 2)
         return self.key_norm(keys_HNE)
 
+    def queries(self, x_BTD: Tensor) -> Tensor:
+        """queries_BTHE."""
+        return self.query_norm(self.query(x_BTD).unflatten(-1, (self.heads, self.codes_HNE.shape[2])))
+
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """scores_BTHN, float32 at least: bf16 scores would tie."""
-        queries_BTHE = self.query_norm(self.query(x_BTD).unflatten(-1, (self.heads, self.codes_HNE.shape[2])))
-        keys_HNE = self.keys()
+        """scores_BTHN in float32 at least, as the formula says; a retrieval does not build them by this."""
+        queries_BTHE, keys_HNE = self.queries(x_BTD), self.keys()
         with torch.autocast(x_BTD.device.type, enabled=False):
             dtype = torch.promote_types(keys_HNE.dtype, torch.float32)
             return torch.einsum("bthe,hne->bthn", queries_BTHE.to(dtype), keys_HNE.to(dtype)) * self.tau
@@ -68,12 +74,63 @@ class ProductKeys(nn.Module):
     def __init__(self, config: MemoryConfig, width: int) -> None:
         super().__init__()
         self.top_k = config.top_k
+        self.retrieval = config.retrieval
         self.row = KeyAxis(config, width)
         self.col = KeyAxis(config, width)
 
+    def back_end(self, device: torch.device) -> str:
+        """What `choose_retrieval` makes of the configuration."""
+        return choose_retrieval(self.retrieval, device.type, self.top_k, *self.row.codes_HNE.shape[1:])
+
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """slots_BTHK (int64 in [0, N * N)) and weights_BTHK (float32 at least, softmax over K)."""
-        row_BTHN, col_BTHN = self.row(x_BTD), self.col(x_BTD)
-        scores_MK, slots_MK = reference.product_key_topk(row_BTHN.flatten(0, 2), col_BTHN.flatten(0, 2), self.top_k)
-        shape_BTH = row_BTHN.shape[:3]
-        return slots_MK.unflatten(0, shape_BTH), F.softmax(scores_MK, dim=-1).unflatten(0, shape_BTH)
+        """slots_BTHK (int64 in [0, N * N), best first) and weights_BTHK (float32 at least, softmax over K).
+
+        Products are of float32 operands, or of 16 bits under autocast, and are added up in float32: sums of
+        16 bits would tie.
+        """
+        device = x_BTD.device.type
+        back_end = self.back_end(x_BTD.device)
+        row_BTHE, col_BTHE = self.row.queries(x_BTD), self.col.queries(x_BTD)
+        operands = row_BTHE.flatten(0, 1), col_BTHE.flatten(0, 1), self.row.keys(), self.col.keys()
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        else:  # the kernels have no float64
+            dtype = torch.float32 if back_end == "triton" else torch.promote_types(x_BTD.dtype, torch.float32)
+        if back_end == "triton":
+            from msn_dist.kernels.ops import retrieve
+        else:
+            retrieve = reference.retrieve
+        with torch.autocast(device, enabled=False):
+            slots_MHK, weights_MHK = retrieve(*(operand.to(dtype) for operand in operands), self.top_k, self.row.tau)
+        shape_BT = x_BTD.shape[:2]
+        return slots_MHK.unflatten(0, shape_BT), weights_MHK.unflatten(0, shape_BT)
+
+
+@torch.compiler.assume_constant_result  # a graph is compiled for one device and one setting
+def choose_retrieval(kind: str, device: str, top_k: int, sub_keys: int, key_dim: int) -> str:
+    """Which back end retrieves on a device of this type, "triton" or "reference"; `kind` is one of them or "auto".
+
+    auto is triton on a GPU that the kernels run on and for sizes that they take, else reference.
+    Raises InputError if `kind` cannot run here.
+    """
+    if kind == "reference" or (kind == "auto" and (device != "cuda" or interpreted())):
+        return "reference"
+    reason = why_no_triton(device) or _too_large(top_k, sub_keys, key_dim)
+    if reason is None:
+        return "triton"
+    if kind == "auto":
+        return "reference"
+    raise InputError(f"memory.retrieval=triton: {reason}; set memory.retrieval to auto or reference")
+
+
+def _too_large(top_k: int, sub_keys: int, key_dim: int) -> str | None:
+    from msn_dist.kernels.retrieval import MAX_K, MAX_KEY_DIM, MAX_SUB_KEYS
+
+    for name, value, limit in (
+        ("top_k", top_k, MAX_K),
+        ("sub_keys", sub_keys, MAX_SUB_KEYS),
+        ("key_dim", key_dim, MAX_KEY_DIM),
+    ):
+        if value > limit:
+            return f"the kernels take {name} up to {limit}, and it is {value}"
+    return None

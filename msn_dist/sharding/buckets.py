@@ -36,12 +36,25 @@ class Buckets:
         return pair_P % self.lengths_WM.shape[1], first_X[pair_P]
 
 
-def bucket(owner_ML: Tensor, world: int) -> Buckets:
-    """Buckets of hits whose owners are given, int64 in [0, world)."""
-    bags, hits = owner_ML.shape
-    owner_H = owner_ML.flatten()
+def bucket_rows(row_ML: Tensor, block: int, world: int) -> tuple[Buckets, Tensor]:
+    """(buckets, row_H in their order, local to the owner) of rows in blocks of `block`, rank after rank.
+
+    row_H is int32 for blocks below 2^31 rows, else int64.
+    """
+    bags, hits = row_ML.shape
+    row_H = row_ML.flatten()
+    owner_H = row_H // block
     # a stable sort keeps the hits of a bag together; few owners fit a byte, which sorts faster
     order_H = owner_H.to(torch.uint8 if world <= 256 else torch.int32).argsort(stable=True)
-    bag_H = torch.arange(bags, device=owner_H.device).repeat_interleave(hits)
+    bag_H = torch.arange(bags, device=row_H.device).repeat_interleave(hits)
     lengths_X = torch.bincount(owner_H * bags + bag_H, minlength=world * bags)
-    return Buckets(order_H, lengths_X.view(world, bags))
+    local_H = (row_H - owner_H * block).to(torch.int32 if block < 2**31 else torch.int64)
+    return Buckets(order_H, lengths_X.view(world, bags)), local_H[order_H]
+
+
+def bucket_rows_by_kernel(row_ML: Tensor, block: int, world: int) -> tuple[Buckets, Tensor]:
+    """The same by the Triton kernels."""
+    from msn_dist.kernels.bucketing import bucket_hits
+
+    order_H, row_H, lengths_WM = bucket_hits(row_ML, block, world)
+    return Buckets(order_H, lengths_WM), row_H

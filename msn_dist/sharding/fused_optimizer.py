@@ -7,7 +7,7 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 from torchrec.optim.fused import FusedOptimizer
 
-from msn_dist.sharding.lookup import FbgemmLookup, ReferenceLookup
+from msn_dist.sharding.lookup import Lookup
 
 
 class ValueFusedOptimizer(FusedOptimizer):
@@ -17,7 +17,7 @@ class ValueFusedOptimizer(FusedOptimizer):
     accumulator as a DTensor [n], so it is saved and resharded with the table.
     """
 
-    def __init__(self, lookup: ReferenceLookup | FbgemmLookup, weight: DTensor, moment: DTensor) -> None:
+    def __init__(self, lookup: Lookup, weight: DTensor, moment: DTensor) -> None:
         self._lookup = lookup
         group = {"params": [weight], "lr": lookup.optimizer.learning_rate}
         super().__init__({"weight": weight}, {weight: {"moment": moment}}, [group])

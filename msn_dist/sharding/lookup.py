@@ -1,24 +1,23 @@
 """Local back ends of the sharded table: weighted bags, and row-wise Adagrad from their gradient.
 
+`reference` is here; `fbgemm` and `triton` have files of their own, which are imported where they are chosen.
+
 Shape suffixes: R rows on this rank, D value width, G bags, H hits, U rows that were hit.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    ComputeDevice,
-    SplitTableBatchedEmbeddingBagsCodegen,
-)
 from torch import Tensor
 
+from msn_dist.errors import InputError
 from msn_dist.kernels import reference
+from msn_dist.kernels.support import interpreted, why_no_triton
 
 if TYPE_CHECKING:
     from msn_dist.sharding.hits import Hits
@@ -38,6 +37,7 @@ class ValueOptimizer:
 class Lookup(Protocol):
     """A table on one device, with its optimizer."""
 
+    name: str  # as in MemoryConfig.lookup
     weight_RD: Tensor
     moment_R: Tensor
     anchor: Tensor  # requires a gradient, so that backward comes here even if no weight does
@@ -60,6 +60,8 @@ class ReferenceLookup:
     `mean_square` maps gradient_UD to the mean squares [U] that row-wise Adagrad adds up: where a rank holds some
     columns of a row only, they come from all ranks.
     """
+
+    name = "reference"
 
     def __init__(
         self,
@@ -105,47 +107,6 @@ class ReferenceLookup:
         self.learning_rate = learning_rate
 
 
-class FbgemmLookup:
-    """FBGEMM's table-batched embedding (TBE) with one table, which updates its rows in its own backward."""
-
-    def __init__(self, rows: int, dim: int, optimizer: ValueOptimizer, device: torch.device) -> None:
-        self.optimizer = optimizer
-        on_cpu = device.type == "cpu"
-        location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
-        compute = ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA
-        self._tbe = SplitTableBatchedEmbeddingBagsCodegen(
-            [(rows, dim, location, compute)],
-            device=device,
-            optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-            learning_rate=optimizer.learning_rate,
-            eps=optimizer.eps,
-        )
-        (self.weight_RD,) = self._tbe.split_embedding_weights()
-        ((self.moment_R,),) = self._tbe.split_optimizer_states()
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
-
-    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
-        if not update_follows:
-            return self._tbe(hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype), hits.weights_H)
-        hits.tape = self._recorded(hits, of_weights=True)
-        return hits.tape[1].detach()
-
-    def _recorded(self, hits: Hits, of_weights: bool) -> tuple[Tensor | None, Tensor]:
-        """(weights_H, pooled_GD) whose graph leads to TBE's own backward."""
-        with torch.enable_grad():
-            weights_H = None if hits.weights_H is None else hits.weights_H.detach().requires_grad_(of_weights)
-            return weights_H, self._tbe(hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype), weights_H)
-
-    def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
-        weights_H, pooled_GD = hits.tape or self._recorded(hits, of_weights)
-        hits.tape = None
-        pooled_GD.backward(gradient_GD)
-        return None if weights_H is None else weights_H.grad
-
-    def set_learning_rate(self, learning_rate: float) -> None:
-        self._tbe.set_learning_rate(learning_rate)
-
-
 def weights_gradient(values_RD: Tensor, hits: Hits, gradient_GD: Tensor) -> Tensor:
     """`reference.weights_gradient`, without its temporaries [H, D]: what `embedding_bag` runs in its backward."""
     lengths_G = hits.offsets_G1.diff()
@@ -155,4 +116,39 @@ def weights_gradient(values_RD: Tensor, hits: Hits, gradient_GD: Tensor) -> Tens
     )
 
 
-LOOKUPS = {"fbgemm": FbgemmLookup, "reference": ReferenceLookup}
+LOOKUPS = ("reference", "fbgemm", "triton")
+_WIDEST = 4096  # columns that the Triton kernels take
+
+
+def choose_lookup(kind: str, device: torch.device, dim: int) -> str:
+    """Which of LOOKUPS serves rows of width `dim` on `device`; `kind` is one of them or "auto".
+
+    auto is triton on a GPU that its kernels run on, else fbgemm, or reference where that is not installed.
+    Raises InputError if `kind` cannot run here.
+    """
+    too_wide = f"the kernels take values up to {_WIDEST} wide, and these are {dim}" if dim > _WIDEST else None
+    reasons = {"triton": why_no_triton(device) or too_wide, "fbgemm": _why_no_fbgemm()}
+    if kind == "auto":
+        on_gpu = device.type == "cuda" and not interpreted()
+        if on_gpu and reasons["triton"] is None:
+            return "triton"
+        return "fbgemm" if reasons["fbgemm"] is None else "reference"
+    if reason := reasons.get(kind):
+        raise InputError(f"memory.lookup={kind}: {reason}; set memory.lookup to auto or reference")
+    return kind
+
+
+def make_lookup(kind: str, rows: int, dim: int, optimizer: ValueOptimizer, device: torch.device) -> Lookup:
+    """The look-up that `choose_lookup` names, over `rows` rows of width `dim` whose values are yet to be filled in."""
+    match choose_lookup(kind, device, dim):
+        case "triton":
+            from msn_dist.sharding.triton_lookup import TritonLookup as Chosen
+        case "fbgemm":
+            from msn_dist.sharding.fbgemm_lookup import FbgemmLookup as Chosen
+        case _:
+            Chosen = ReferenceLookup
+    return Chosen(rows, dim, optimizer, device)
+
+
+def _why_no_fbgemm() -> str | None:
+    return None if importlib.util.find_spec("fbgemm_gpu") else "FBGEMM is not installed"

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.distributed.types import Awaitable, LazyAwaitable
 
-from msn_dist.sharding.buckets import bucket
 from msn_dist.sharding.hits import Hits
 from msn_dist.sharding.row_sharded import RowSharded
 from msn_dist.sharding.sharded_values import ExchangeContext, Later, LazyLater
@@ -63,11 +62,10 @@ class RowGather(RowSharded):
 
     def _ask(self, slots_ML: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(row_A to ask for, owner after owner; where_ML, the place of each hit in it; asked_W, rows of each owner)."""
-        owner_ML, row_ML = self.owners(slots_ML)
-        buckets = bucket(owner_ML, self.exchange.world)
+        buckets, row_H = self.bucketed(slots_ML)
         where_H = torch.empty_like(buckets.order_H)
         where_H[buckets.order_H] = torch.arange(len(where_H), device=where_H.device)
-        return row_ML.flatten()[buckets.order_H], where_H.view_as(slots_ML), buckets.hits_W
+        return row_H, where_H.view_as(slots_ML), buckets.hits_W
 
     def output_dist(self, ctx: GatherContext, output: Tensor) -> LazyAwaitable[Tensor]:
         trip = Trip(self.exchange, "values", ctx.owed_W, ctx.due_W, self.values_wire, self.gradient_wire)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed.types import Awaitable, LazyAwaitable
 
-from msn_dist.sharding.buckets import Buckets, bucket
+from msn_dist.sharding.buckets import Buckets
 from msn_dist.sharding.exchange import Flight
 from msn_dist.sharding.hit_wire import HitWire, weight_dtype
 from msn_dist.sharding.hits import Hits, offsets_of
@@ -48,10 +48,9 @@ class RowPooled(RowSharded):
         return PooledContext()
 
     def input_dist(self, ctx: PooledContext, slots_ML: Tensor, weights_ML: Tensor) -> Awaitable[Awaitable[Hits]]:
-        owner_ML, row_ML = self.owners(slots_ML)
-        buckets = bucket(owner_ML, self.exchange.world)
+        buckets, row_H = self.bucketed(slots_ML)
         ctx.bags, ctx.hits = slots_ML.shape
-        row_H, weights_H = row_ML.flatten()[buckets.order_H], weights_ML.flatten()[buckets.order_H]
+        weights_H = weights_ML.flatten()[buckets.order_H]
         sent_W2 = torch.stack([buckets.hits_W, self._sums_W(buckets)], dim=1)
         received = self.exchange.swap_counts(sent_W2)
 

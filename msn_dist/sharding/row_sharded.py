@@ -1,6 +1,6 @@
 """The layout that the row strategies share: rank w owns rows w * ceil(n / W) to (w + 1) * ceil(n / W) - 1.
 
-Shape suffixes: M bags of this rank, L hits a bag.
+Shape suffixes: M bags of this rank, L hits a bag, H = M * L hits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch.distributed.tensor import Shard
 from msn_dist.errors import InputError
 from msn_dist.memory.health import SlotUsage
 from msn_dist.memory.values import MemoryValues
-from msn_dist.sharding.lookup import LOOKUPS, ValueOptimizer
+from msn_dist.sharding.buckets import Buckets, bucket_rows, bucket_rows_by_kernel
+from msn_dist.sharding.lookup import ValueOptimizer, make_lookup
 from msn_dist.sharding.sharded_values import ShardedMemoryValues
 
 
@@ -26,18 +27,15 @@ class RowSharded(ShardedMemoryValues):
         super().__init__(table, group, device)
         self.block, first_row, rows = shard_of(self.slots, self.exchange.world, self.exchange.rank)
         self.row_dtype = torch.int32 if self.block < 2**31 else torch.int64
-        self.lookup = LOOKUPS["fbgemm" if table.sharding.lookup == "auto" else table.sharding.lookup](
-            rows, self.dim, optimizer, device
-        )
+        self.lookup = make_lookup(table.sharding.lookup, rows, self.dim, optimizer, device)
         table.fill(self.lookup.weight_RD, first_row)
         self.usage = SlotUsage(rows, device)
         self._register(self.lookup.weight_RD, self.lookup.moment_R, Shard(0), Shard(0))
 
-    def owners(self, slots_ML: Tensor) -> tuple[Tensor, Tensor]:
-        """(owner_ML int64, row_ML of `row_dtype`, local to the owner)."""
-        row_ML = self.placement.row_of(slots_ML)
-        owner_ML = row_ML // self.block
-        return owner_ML, (row_ML - owner_ML * self.block).to(self.row_dtype)
+    def bucketed(self, slots_ML: Tensor) -> tuple[Buckets, Tensor]:
+        """The hits by owner, and their rows in that order [H] of `row_dtype`, local to the owner."""
+        by = bucket_rows_by_kernel if self.lookup.name == "triton" else bucket_rows
+        return by(self.placement.row_of(slots_ML), self.block, self.exchange.world)
 
 
 def shard_of(slots: int, world: int, rank: int) -> tuple[int, int, int]:

@@ -47,7 +47,11 @@ def write_report(run_dir: Path) -> Path:
             cards.speed(train, last),
         ],
         "parameters": [(name.replace("_", " "), f"{value:,}") for name, value in last.get("parameters", {}).items()],
-        "versions": {**last.get("versions", {}), "commit": (last.get("git_commit") or "")[:12]},
+        "versions": {
+            **last.get("versions", {}),
+            "commit": (last.get("git_commit") or "")[:12],
+            **{f"memory {part}": name for part, name in last.get("memory_back_ends", {}).items()},
+        },
         "plan": run.plan_text(),
         "settings": dump_config(config),
     }

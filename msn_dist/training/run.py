@@ -47,6 +47,9 @@ def train(config: RunConfig, run_path: Path, init: Path | None = None) -> None:
         if origin is not None:
             origin.load(trainer.model, trainer.optimizers, run)
         with Console(ranks.rank, trainer.total_steps, trainer.steps_per_epoch) as console:
+            if trainer.back_ends:
+                chosen = ", ".join(f"{part} {name}" for part, name in trainer.back_ends.items())
+                console.say(f"memory back ends: {chosen}")
             if origin is not None:
                 console.say(str(origin))
             trainer.fit(console, keep_start=origin is not None)

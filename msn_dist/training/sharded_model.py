@@ -11,20 +11,28 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from msn_dist.config import RunConfig
+from msn_dist.config import MemoryConfig, RunConfig
 from msn_dist.data.schema import Schema
 from msn_dist.memory.placement import Placement, initial_values
+from msn_dist.memory.product_keys import choose_retrieval
 from msn_dist.models.parameters import count_parameters
 from msn_dist.models.ranker import Ranker
 from msn_dist.planner import Plan, make_plan
 from msn_dist.sharding import MemoryValuesSharder, ShardedMemoryValues, ValueOptimizer
+from msn_dist.sharding.lookup import choose_lookup
 from msn_dist.training.ranks import Ranks
 
 
 def build_sharded_model(
     config: RunConfig, schema: Schema, ranks: Ranks
 ) -> tuple[DistributedModelParallel, Plan, dict[str, int]]:
-    """(model over all ranks, its plan, its parameter counts); the same start at every world size."""
+    """(model over all ranks, its plan, its parameter counts); the same start at every world size.
+
+    Raises InputError, on every rank, if a back end of the memory cannot run on one of them.
+    """
+    if config.memory is not None:
+        width = config.memory.value_dim or config.model.width
+        ranks.together(lambda: _require_back_ends(config.memory, width, ranks.device))
     ranker = Ranker(schema, config.model, config.memory, seed=config.seed, device=torch.device("meta"))
     counts = count_parameters(ranker)
     adagrad = {
@@ -64,6 +72,18 @@ def id_table_shards(model: DistributedModelParallel) -> list[tuple[str, int, int
 def sharded_memories(model: DistributedModelParallel) -> dict[str, ShardedMemoryValues]:
     """The sharded value tables, keyed "layer0", "layer1", ..."""
     return {name: memory.values for name, memory in model.module.memories().items()}
+
+
+def memory_back_ends(model: DistributedModelParallel, device: torch.device) -> dict[str, str]:
+    """{"retrieval": name, "lookup": name}, the same in all memories; {} without one."""
+    for memory in model.module.memories().values():
+        return {"retrieval": memory.keys.back_end(device), "lookup": memory.values.lookup.name}
+    return {}
+
+
+def _require_back_ends(memory: MemoryConfig, value_dim: int, device: torch.device) -> None:
+    choose_retrieval(memory.retrieval, device.type, memory.top_k, memory.sub_keys, memory.key_dim)
+    choose_lookup(memory.lookup, device, value_dim)
 
 
 @torch.no_grad()

@@ -25,7 +25,12 @@ from msn_dist.training.exchange_meter import ExchangeMeter
 from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import Ranks
 from msn_dist.training.run_directory import RunDirectory
-from msn_dist.training.sharded_model import build_sharded_model, id_table_shards, sharded_memories
+from msn_dist.training.sharded_model import (
+    build_sharded_model,
+    id_table_shards,
+    memory_back_ends,
+    sharded_memories,
+)
 from msn_dist.training.stopwatch import Stopwatch
 
 
@@ -38,6 +43,7 @@ class Trainer:
         self.valid_data = open_split("valid", config.data, schema, ranks)
         self.model, self.plan, self.parameters = build_sharded_model(config, schema, ranks)
         self.memories = sharded_memories(self.model)
+        self.back_ends = memory_back_ends(self.model, ranks.device)
         self.steps_per_epoch = ranks.largest(self.train_data.num_batches)
         self.total_steps = self.steps_per_epoch * config.training.epochs
         if config.training.max_steps is not None:

@@ -1,0 +1,65 @@
+"""The look-up by FBGEMM. This module alone imports it for the memory.
+
+Shape suffixes: R rows on this rank, D value width, G bags, H hits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor
+
+from msn_dist.sharding.lookup import ValueOptimizer
+
+if TYPE_CHECKING:
+    from msn_dist.sharding.hits import Hits
+
+
+class FbgemmLookup:
+    """FBGEMM's table-batched embedding (TBE) with one table, which updates its rows in its own backward."""
+
+    name = "fbgemm"
+
+    def __init__(self, rows: int, dim: int, optimizer: ValueOptimizer, device: torch.device) -> None:
+        self.optimizer = optimizer
+        on_cpu = device.type == "cpu"
+        location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
+        compute = ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA
+        self._tbe = SplitTableBatchedEmbeddingBagsCodegen(
+            [(rows, dim, location, compute)],
+            device=device,
+            optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+            learning_rate=optimizer.learning_rate,
+            eps=optimizer.eps,
+        )
+        (self.weight_RD,) = self._tbe.split_embedding_weights()
+        ((self.moment_R,),) = self._tbe.split_optimizer_states()
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+
+    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
+        if not update_follows:
+            return self._tbe(hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype), hits.weights_H)
+        hits.tape = self._recorded(hits, of_weights=True)
+        return hits.tape[1].detach()
+
+    def _recorded(self, hits: Hits, of_weights: bool) -> tuple[Tensor | None, Tensor]:
+        """(weights_H, pooled_GD) whose graph leads to TBE's own backward."""
+        with torch.enable_grad():
+            weights_H = None if hits.weights_H is None else hits.weights_H.detach().requires_grad_(of_weights)
+            return weights_H, self._tbe(hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype), weights_H)
+
+    def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
+        weights_H, pooled_GD = hits.tape or self._recorded(hits, of_weights)
+        hits.tape = None
+        pooled_GD.backward(gradient_GD)
+        return None if weights_H is None else weights_H.grad
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        self._tbe.set_learning_rate(learning_rate)
