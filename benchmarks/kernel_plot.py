@@ -33,7 +33,7 @@ LOOKS = {
     "rows read once (floor)": ("#555555", "_"),
 }
 _OTHER = ("#000000", ".")
-_NARROW = ("scores bf16", "output float16")
+_NARROW = ("scores bf16", "output float16", "output bf16")
 _STYLE = {"font.size": 9, "svg.hashsalt": "kernels", "axes.spines.top": False, "axes.spines.right": False}
 
 Row = dict[str, str]

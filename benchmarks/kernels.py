@@ -9,8 +9,8 @@ Python, so benchmarks/airtopk/build.sh builds it with nvcc, and says how; --airt
 A peer that is missing or fails is skipped with its reason.
 
 Every result is compared with kernels/reference.py first.  A wrong one is reported and not timed, and the exit code is 1
-at the end.  Times are medians with p20 and p80 by CUDA events, all providers of a shape in one run, beside what a large
-copy and a large matrix product reach at the start of it.
+at the end.  Times are medians with p20 and p80 of the device, all providers of a shape in one run, beside what a large
+copy, a large sum and a large matrix product reach at the start of it.
 
 Writes benchmarks/results/kernels.csv and kernels.svg after about four minutes, whatever failed on the way.  --quick (a
 few shapes, one minute) and --only (one part) write nothing.

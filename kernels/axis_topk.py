@@ -19,7 +19,7 @@ from msn_dist.kernels import survivors
 from msn_dist.kernels.order import LOWEST, best_of, index_of, packed, score_of
 from msn_dist.kernels.survivors import Survivors
 
-_ENTRIES = 2048  # sorted by a warp at a time: 64 in the registers of a thread
+_ENTRIES = 1024  # sorted by a warp at a time
 
 
 @dataclass(frozen=True)

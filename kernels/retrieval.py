@@ -99,7 +99,7 @@ def retrieve_backward(
         (row_queries_MHE, row_keys_HNE, rows_MHK),
         (col_queries_MHE, col_keys_HNE, columns_MHK),
     ):
-        keys_XE, keys_GK = keys_HNE.reshape(heads * sub_keys, width), keys_MHK.view(bags, k)
+        keys_XE, keys_GK = keys_HNE.reshape(heads * sub_keys, width).contiguous(), keys_MHK.view(bags, k)
         of_queries.append(sparse_gather(keys_XE, keys_GK, dz_GK, out_dtype=queries_MHE.dtype).view_as(queries_MHE))
         sums_XE = scatter_sum(queries_MHE.reshape(bags, width), keys_GK, dz_GK, heads * sub_keys)
         of_keys.append(sums_XE.to(keys_HNE.dtype).view_as(keys_HNE))

@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from msn_dist.kernels.sparse_bags import Bags
-from msn_dist.kernels.support import interpreted
 
 CHUNK = tl.constexpr(32)  # hits
 GROUP = tl.constexpr(2048)  # hits
@@ -33,7 +32,6 @@ class TileShape:
 
     hits: int
     warps: int
-    registers: int | None = None  # of a thread, at most
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,13 @@ class Segments:
             SIZE=self.size,
             S=self.shape.hits,
             num_warps=self.shape.warps,
-            **({} if interpreted() or not self.shape.registers else {"maxnreg": self.shape.registers}),
         )
 
 
 def tile_shape(width: int) -> TileShape:
-    """About 1,024 numbers of a tile to a warp, and few warps, since what crosses them waits."""
+    """Few numbers of a tile to a warp, so that many tiles run at once, and few warps, since what crosses them waits."""
     padded = triton.next_power_of_2(width)
-    warps = 1 if padded <= 256 else 2 if padded == 512 else 4
-    return TileShape(min(max(1024 * warps // padded, 1), CHUNK.value), warps)
+    return TileShape(min(1024 // padded, 8) if padded <= 256 else 1, min(max(padded // 512, 1), 4))
 
 
 def segments_of(
@@ -119,14 +115,17 @@ def segments_of(
 
 @triton.jit
 def load_tile(keys_ptr, order_ptr, hits, S: tl.constexpr):
-    """This program's tile: its start, hits, their keys and order; where segments begin, and where the last one does."""
+    """This program's tile: its start, hits, their keys and order; where segments begin, which hits another one of the
+    same segment follows, and where the last segment begins."""
     start = tl.program_id(0) * S
     hit_S = start + tl.arange(0, S)
+    # All at once: what waits for one read before it asks for the next takes longer than the sums.
     key_S = tl.load(keys_ptr + hit_S, mask=hit_S < hits, other=-1)
     previous_S = tl.load(keys_ptr + hit_S - 1, mask=(hit_S > 0) & (hit_S < hits), other=-1)
+    next_S = tl.load(keys_ptr + hit_S + 1, mask=hit_S + 1 < hits, other=-1)
     order_S = tl.load(order_ptr + hit_S, mask=hit_S < hits, other=0)
     own_S = key_S != previous_S
-    return start, hit_S, key_S, order_S, own_S, tl.max(tl.where(own_S, hit_S, -1), 0)
+    return start, hit_S, key_S, order_S, own_S, key_S == next_S, tl.max(tl.where(own_S, hit_S, -1), 0)
 
 
 @triton.jit
@@ -141,12 +140,12 @@ def weighted_sources(
         bag_S = tl.load(bag_ptr + order_S, mask=take_S, other=0)
     from_SD = source_ptr + (bag_S.to(tl.int64) * D)[:, None] + col_D[None, :]
     source_SD = tl.load(from_SD, mask=take_S[:, None] & (col_D < D)[None, :], other=0.0).to(tl.float32)
+    weight_S = tl.full([order_S.shape[0]], 1.0, tl.float32)
+    if weights_ptr is not None:  # before the store below, which a load may not overtake
+        weight_S = tl.load(weights_ptr + order_S, mask=take_S, other=0.0).to(tl.float32)
     if dot_ptr is not None:
         tl.store(dot_ptr + order_S, tl.sum(source_SD * value_SD.to(tl.float32), axis=1), mask=take_S)
-    if weights_ptr is not None:
-        weight_S = tl.load(weights_ptr + order_S, mask=take_S, other=0.0).to(tl.float32)
-        source_SD = source_SD * weight_S[:, None]
-    return source_SD
+    return source_SD * weight_S[:, None]
 
 
 @triton.jit
@@ -211,28 +210,54 @@ def sum_tail(
 
 
 @triton.jit
-def sum_heads(
+def sum_segments(
     keys_ptr,
     order_ptr,
     bag_ptr,
     weights_ptr,
     source_ptr,
+    values_ptr,
     dot_ptr,
+    partial_ptr,
+    hits,
+    start,
     hit_S,
     key_S,
     order_S,
     own_S,
+    again_S,
     last_begin,
     value_SD,
     col_D,
     D: tl.constexpr,
+    D_PAD: tl.constexpr,
     SIZE: tl.constexpr,
+    S: tl.constexpr,
 ):
-    """Sums [S, D] of the segments that begin in the tile (at own_S), of the one at last_begin its first hit alone."""
+    """Sums [S, D] of weight * source over the segments that begin in the tile, at own_S; see load_tile."""
+    goes_on = tl.max((again_S & (hit_S == last_begin)).to(tl.int32), 0) > 0
+    tail_D = tl.zeros([D_PAD], tl.float32)
+    if goes_on:  # before the sums of the tile, so that these hold no registers in there
+        tail_D = sum_tail(
+            keys_ptr,
+            order_ptr,
+            bag_ptr,
+            weights_ptr,
+            source_ptr,
+            values_ptr,
+            dot_ptr,
+            partial_ptr,
+            hits,
+            start,
+            last_begin,
+            D,
+            D_PAD,
+            SIZE,
+            S,
+        )
     sum_SD = weighted_sources(order_S, bag_ptr, weights_ptr, source_ptr, value_SD, dot_ptr, own_S, col_D, D, SIZE)
     # The others end in the tile: their second hits at once, then their third ones, and so on.
-    take_S = own_S & (hit_S < last_begin)
-    take_S = take_S & (tl.load(keys_ptr + hit_S + 1, mask=take_S, other=-1) == key_S)
+    take_S = own_S & (hit_S < last_begin) & again_S
     beyond = 1
     while tl.max(take_S.to(tl.int32), 0) > 0:
         at_S = hit_S + beyond
@@ -240,6 +265,8 @@ def sum_heads(
         sum_SD += weighted_sources(next_S, bag_ptr, weights_ptr, source_ptr, value_SD, dot_ptr, take_S, col_D, D, SIZE)
         beyond += 1
         take_S = take_S & (tl.load(keys_ptr + at_S + 1, mask=take_S, other=-1) == key_S)
+    if goes_on:
+        sum_SD += tl.where((hit_S == last_begin)[:, None], tail_D[None, :], 0.0)
     return sum_SD
 
 

@@ -24,23 +24,21 @@ OUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class GatherShape:
-    """How a launch is cut: bags of a program, hits read at once, warps of a program, L2 policy of the table's reads."""
+    """How a launch is cut: bags of a program, hits read at once, warps of a program."""
 
     bags: int
     hits: int
     warps: int
-    evict: str = ""
-    cache: str = ""
 
 
 def launch_shape(width: int, size: int, value_bytes: int) -> GatherShape:
     """The launch for rows of `width` values of `value_bytes`, `size` hits a bag (0: jagged)."""
     threads = max(1, triton.next_power_of_2(width) * value_bytes // 16)  # that read one row, 16 bytes each
-    warps = min(max(threads // 32, 2), 4)
-    hits = 16 if size >= 64 else 8
-    hits = max(1, hits * 32 * warps // max(threads, 32 * warps))
-    hits = min(hits, triton.next_power_of_2(size)) if size else hits
-    return GatherShape(max(1, 32 * warps // threads), hits, warps)
+    warps = min(max(threads // 32, 1), 4)
+    hits = min(triton.next_power_of_2(size), 32) if size else 8
+    hits = min(hits, max(1, 32 * 32 * warps // threads))  # 32 reads of a thread
+    idle = 32 * warps // (threads * (hits if size else 1))
+    return GatherShape(max(1, 8 // threads, idle), hits, warps)
 
 
 @triton.jit
@@ -68,8 +66,7 @@ def sparse_gather_kernel(
     SIZE: tl.constexpr,  # hits of every bag, 0 where the offsets tell
     BAGS: tl.constexpr,
     HITS: tl.constexpr,
-    EVICT: tl.constexpr,
-    CACHE: tl.constexpr,
+    EVICT: tl.constexpr,  # L2 policy of the values
 ):
     bag_B = tl.program_id(0) * BAGS + tl.arange(0, BAGS)
     col_D = tl.arange(0, D_PAD)
@@ -94,10 +91,12 @@ def sparse_gather_kernel(
         else:
             take_BJ = tl.full([BAGS, HITS], 1, tl.int1)
         at_BJ = first_B[:, None] + start + hit_J[None, :]
-        row_BJ = tl.load(rows_ptr + at_BJ, mask=take_BJ, other=0).to(tl.int64)
+        row_BJ = tl.load(rows_ptr + at_BJ, mask=take_BJ, other=0, eviction_policy="evict_first").to(tl.int64)
         weight_BJ = tl.full([BAGS, HITS], 1.0, tl.float32)
         if weights_ptr is not None:
-            weight_BJ = tl.load(weights_ptr + at_BJ, mask=take_BJ, other=0.0).to(tl.float32)
+            weight_BJ = tl.load(weights_ptr + at_BJ, mask=take_BJ, other=0.0, eviction_policy="evict_first").to(
+                tl.float32
+            )
         if scale_ptr is not None:
             weight_BJ *= tl.load(scale_ptr + row_BJ, mask=take_BJ, other=0.0)
         value_BJD = tl.load(
@@ -105,7 +104,6 @@ def sparse_gather_kernel(
             mask=take_BJ[:, :, None] & (col_D < D)[None, None, :],
             other=0.0,
             eviction_policy=EVICT,
-            cache_modifier=CACHE,
         )
         pooled_BD += tl.sum(value_BJD.to(tl.float32) * weight_BJ[:, :, None], axis=1)
 
@@ -113,7 +111,7 @@ def sparse_gather_kernel(
     keep_BD = real_B[:, None] & (col_D < D)[None, :]
     if x_ptr is not None:
         pooled_BD = tl.load(x_ptr + to_BD, mask=keep_BD, other=0.0).to(tl.float32) * tanh(pooled_BD)
-    tl.store(out_ptr + to_BD, pooled_BD.to(out_ptr.dtype.element_ty), mask=keep_BD)
+    tl.store(out_ptr + to_BD, pooled_BD.to(out_ptr.dtype.element_ty), mask=keep_BD, cache_modifier=".cs")
 
 
 def sparse_gather(
@@ -210,7 +208,7 @@ def _launch(
         SIZE=bags.size,
         BAGS=shape.bags,
         HITS=shape.hits,
-        EVICT=shape.evict,
-        CACHE=shape.cache,
+        # Rows of one cache line gain where hits are uniform, and lose nothing where they are not; wider ones lose.
+        EVICT="evict_first" if width * values_RD.element_size() <= 128 else "",
         num_warps=shape.warps,
     )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msn_dist.kernels.segments import TileShape, load_tile, segments_of, sum_heads, sum_tail
+from msn_dist.kernels.segments import TileShape, load_tile, segments_of, sum_segments
 from msn_dist.kernels.sparse_bags import as_bags
 
 SOURCE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,11 +61,12 @@ def scatter_sum_kernel(
     SIZE: tl.constexpr,
     S: tl.constexpr,
 ):
-    start, hit_S, key_S, order_S, own_S, last_begin = load_tile(keys_ptr, order_ptr, hits, S)
+    start, hit_S, key_S, order_S, own_S, again_S, last_begin = load_tile(keys_ptr, order_ptr, hits, S)
     if last_begin < 0:
         return
-    # Before the sums of the tile, so that these hold no registers in there.
-    tail_D = sum_tail(
+    col_D = tl.arange(0, D_PAD)
+    nothing_SD = tl.zeros([S, D_PAD], tl.float32)
+    sum_SD = sum_segments(
         keys_ptr,
         order_ptr,
         bag_ptr,
@@ -76,31 +77,18 @@ def scatter_sum_kernel(
         partial_ptr,
         hits,
         start,
+        hit_S,
+        key_S,
+        order_S,
+        own_S,
+        again_S,
         last_begin,
+        nothing_SD,
+        col_D,
         D,
         D_PAD,
         SIZE,
         S,
     )
-    col_D = tl.arange(0, D_PAD)
-    nothing_SD = tl.zeros([S, D_PAD], tl.float32)
-    sum_SD = sum_heads(
-        keys_ptr,
-        order_ptr,
-        bag_ptr,
-        weights_ptr,
-        source_ptr,
-        None,
-        hit_S,
-        key_S,
-        order_S,
-        own_S,
-        last_begin,
-        nothing_SD,
-        col_D,
-        D,
-        SIZE,
-    )
-    sum_SD += tl.where((hit_S == last_begin)[:, None], tail_D[None, :], 0.0)
     to_SD = out_ptr + (key_S.to(tl.int64) * D)[:, None] + col_D[None, :]
     tl.store(to_SD, sum_SD, mask=own_S[:, None] & (col_D < D)[None, :])

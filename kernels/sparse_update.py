@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msn_dist.kernels.segments import TileShape, load_rows, load_tile, segments_of, sum_heads, sum_tail
+from msn_dist.kernels.segments import TileShape, load_rows, load_tile, segments_of, sum_segments
 from msn_dist.kernels.sparse_bags import as_bags, check_table
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -204,7 +204,7 @@ def update_rows_kernel(
     SIZE: tl.constexpr,
     S: tl.constexpr,
 ):
-    start, hit_S, key_S, order_S, own_S, last_begin = load_tile(keys_ptr, order_ptr, hits, S)
+    start, hit_S, key_S, order_S, own_S, again_S, last_begin = load_tile(keys_ptr, order_ptr, hits, S)
     if last_begin < 0:
         return
     col_D = tl.arange(0, D_PAD)
@@ -212,46 +212,30 @@ def update_rows_kernel(
     value_SD = load_rows(values_ptr, row_S, own_S, col_D, D)
     if moment_ptr is not None:
         moment_S = tl.load(moment_ptr + row_S, mask=own_S, other=0.0)
-    # Before the sums of the tile, so that these hold no registers in there.
-    goes_on = tl.load(keys_ptr + last_begin) == tl.load(keys_ptr + last_begin + 1, mask=last_begin + 1 < hits, other=-1)
-    tail_D = tl.zeros([D_PAD], tl.float32)
-    if goes_on:
-        tail_D = sum_tail(
-            keys_ptr,
-            order_ptr,
-            bag_ptr,
-            weights_ptr,
-            source_ptr,
-            values_ptr,
-            dot_ptr,
-            partial_ptr,
-            hits,
-            start,
-            last_begin,
-            D,
-            D_PAD,
-            SIZE,
-            S,
-        )
-    sum_SD = sum_heads(
+    sum_SD = sum_segments(
         keys_ptr,
         order_ptr,
         bag_ptr,
         weights_ptr,
         source_ptr,
+        values_ptr,
         dot_ptr,
+        partial_ptr,
+        hits,
+        start,
         hit_S,
         key_S,
         order_S,
         own_S,
+        again_S,
         last_begin,
         value_SD,
         col_D,
         D,
+        D_PAD,
         SIZE,
+        S,
     )
-    if goes_on:
-        sum_SD += tl.where((hit_S == last_begin)[:, None], tail_D[None, :], 0.0)
     mean_square_S = tl.sum(sum_SD * sum_SD, axis=1) / D
     to_SD = (row_S * D)[:, None] + col_D[None, :]
     keep_SD = own_S[:, None] & (col_D < D)[None, :]

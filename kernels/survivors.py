@@ -49,10 +49,11 @@ def capacity(k: int) -> int:
 
 
 def shape_for(key_bytes: int, groups: int) -> Shape:
-    """The launch for sub-keys of that many bytes."""
+    """The launch for sub-keys of that many bytes, padding included."""
     if key_bytes <= 256 and groups == 128:
         return Shape(queries=64, warps=4, stages=3, registers=128)  # 4 blocks fit a multiprocessor
-    return Shape(queries=64, warps=4 if groups == 128 else 8, stages=2, registers=240)
+    stages = 2 if key_bytes * groups <= 2**16 else 1  # of so many bytes each, in shared memory
+    return Shape(queries=64, warps=4 if groups == 128 else 8, stages=stages, registers=240)
 
 
 def survivors(
@@ -62,9 +63,9 @@ def survivors(
     count, heads, width = queries[0].shape
     sub_keys = keys[0].shape[1]
     groups = max(128, capacity(k))
-    shape = shape or shape_for(width * queries[0].element_size(), groups)
-    padded = triton.cdiv(count, shape.queries) * shape.queries
     padded_width = max(16, triton.next_power_of_2(width))
+    shape = shape or shape_for(padded_width * queries[0].element_size(), groups)
+    padded = triton.cdiv(count, shape.queries) * shape.queries
     device = queries[0].device
     found = Survivors(
         torch.empty(capacity(k) + 8, 2 * heads, padded, dtype=torch.int64, device=device),

@@ -132,7 +132,7 @@ def test_a_library_that_is_not_built_says_how(tmp_path):
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.setattr(kernel_timing, "quantiles", lambda *_: [1.0, 2.0, 4.0])
-    return Bench(Peaks(copy=4e12, matrix=8e14), milliseconds=1, seconds=60.0)
+    return Bench(Peaks(copy=4e12, read=4.4e12, matrix=8e14), milliseconds=1, seconds=60.0)
 
 
 def test_rows_hold_times_and_rates_in_order(bench):

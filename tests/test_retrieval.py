@@ -305,7 +305,7 @@ def zeros(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
             "65537 sub-keys are more than the 65536",
         ),
         (
-            {name: zeros(2, 6, 257) for name in ("row_queries_MHE", "col_queries_MHE", "row_keys_HNE", "col_keys_HNE")},
+            {name: zeros(6, 6, 257) for name in ("row_queries_MHE", "col_queries_MHE", "row_keys_HNE", "col_keys_HNE")},
             "keys of width 257 are wider than the 256",
         ),
         (dict(tau=0.0), "tau=0.0 must be positive"),

@@ -107,7 +107,7 @@ def test_without_weights_every_hit_weighs_one() -> None:
     assert torch.equal(sparse_gather(values_RD, rows_H), values_RD[rows_H])
 
 
-@pytest.mark.parametrize("shape", [GatherShape(1, 1, 1), GatherShape(4, 2, 2, "evict_first"), GatherShape(16, 16, 4)])
+@pytest.mark.parametrize("shape", [GatherShape(1, 1, 1), GatherShape(4, 2, 2), GatherShape(16, 16, 4)])
 def test_the_launch_does_not_change_the_result(shape: GatherShape) -> None:
     values_RD, _, exact_RD = table(torch.bfloat16, 12)
     for lengths in (UNIFORM, JAGGED):
