@@ -120,7 +120,7 @@ def test_launches_keep_every_thread_at_work() -> None:
     for width in (4, 64, 100, 128, 1024, 4096):
         for value_bytes in (1, 2, 4):
             shape = launch_shape(width, 32, value_bytes)
-            assert shape.bags * max(1, width * value_bytes // 16) >= 32 and 1 <= shape.hits <= 32
+            assert shape.bags * shape.hits * max(1, width * value_bytes // 16) >= 32 and 1 <= shape.hits <= 32
 
 
 def test_no_bags_no_hits_and_empty_bags_give_zeros() -> None:
