@@ -90,6 +90,7 @@ def sparse_adagrad_(
     lr: float,
     eps: float,
     of_weights: bool,
+    rounding_seed: int | None = None,
 ) -> Tensor:
     """One step of row-wise Adagrad by `kernels.sparse_update.sparse_update`, in place.
 
@@ -97,10 +98,12 @@ def sparse_adagrad_(
     """
     rule, state = update.RowwiseAdagrad(lr, eps), update.RowState(moment_R)
     bags = rows, weights, offsets_G1
-    gradient = update.sparse_update(values_RD, state, *bags, gradient_GD, rule, of_weights=of_weights)
+    gradient = update.sparse_update(
+        values_RD, state, *bags, gradient_GD, rule, of_weights=of_weights, rounding_seed=rounding_seed
+    )
     return gradient if of_weights else moment_R.new_empty(0)
 
 
 @sparse_adagrad_.register_fake
-def _(values_RD, moment_R, rows, weights, offsets_G1, gradient_GD, lr, eps, of_weights):
+def _(values_RD, moment_R, rows, weights, offsets_G1, gradient_GD, lr, eps, of_weights, rounding_seed=None):
     return rows.new_empty(rows.shape if of_weights else 0, dtype=torch.float32)

@@ -55,6 +55,9 @@ class MemoryConfig(Part):
     tau: PositiveFloat | None = Field(None, description="scale of the similarity; null: key_dim ** -0.5")
     gate: Literal["tanh", "one_plus_tanh", "sigmoid", "linear", "concat"] = "tanh"
     value_init_std: NonNegativeFloat | None = Field(None, description="null: value_dim ** -0.5")
+    value_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="what the table stores; 16 bits are rounded at random in a step, sums and state stay fp32"
+    )
     share: Literal["all", "group", "token"] = Field("all", description="which tokens read the same slots")
     groups: PositiveInt | None = Field(None, description="number of token groups, with share: group")
     strategy: Strategy = Field("row_pooled", description="how a table over several ranks is read (README)")
@@ -214,7 +217,9 @@ class TrainingConfig(Part):
     max_steps: PositiveInt | None = Field(None, description="stop here, even inside an epoch")
     eval_every: PositiveInt | None = Field(None, description="steps between evaluations; null: after each epoch")
     log_every: PositiveInt = 20
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the dense compute; values stay fp32")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the dense compute; of the values: memory.value_dtype"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_seconds: PositiveInt = Field(300, description="a collective that waits longer ends the run")
 

@@ -108,6 +108,16 @@ CASES = {
         ["memory.lookup=triton"],
         "memory.lookup=triton: the kernels need a CUDA GPU, and the device is cpu; set memory.lookup to auto or ",
     ),
+    "a look-up without values of bf16": (
+        lambda data: None,
+        ["memory.lookup=fbgemm", "memory.value_dtype=bf16"],
+        "memory.lookup=fbgemm: FBGEMM stores no values of bf16; set memory.lookup to auto or reference",
+    ),
+    "a look-up that would lose small steps of fp16": (
+        lambda data: None,
+        ["memory.lookup=fbgemm", "memory.value_dtype=fp16"],
+        "memory.lookup=fbgemm: on a CPU FBGEMM rounds fp16 to the nearest, which loses small steps; set memory.lookup ",
+    ),
     "a retrieval that cannot run here": (
         lambda data: None,
         ["memory.retrieval=triton"],
@@ -212,6 +222,7 @@ def test_the_launched_command_explains_bad_input_in_the_middle_of_training_once(
         ("memory.lookup=tbe", "memory.lookup: input should be 'auto', 'reference', 'fbgemm' or 'triton', found 'tbe'"),
         ("memory.retrieval=fbgemm", "memory.retrieval: input should be 'auto', 'reference' or 'triton', found "),
         ("memory.wire=fp8", "memory.wire: input should be 'fp32', 'bf16', 'fp16' or 'int8', found 'fp8'"),
+        ("memory.value_dtype=fp8", "memory.value_dtype: input should be 'fp32', 'bf16' or 'fp16', found 'fp8'"),
         ("memory.value_dim=6", "memory: value_dim=6 is not a multiple of 4"),
         ("model.width=15", "width=15 is not a multiple of tokens=2"),
         ("model={backbone: rankmixer, block: msn_smoe, tokens: 2, width: 20}", "must be multiples of 8"),

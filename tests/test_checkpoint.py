@@ -15,11 +15,14 @@ from test_training import STEPS, batches_of_rank
 from torch import Tensor
 from torchrec.distributed.comm_ops import set_use_sync_collectives
 
-from msn_dist.config import TrainingConfig
+from msn_dist.config import MemoryConfig, TrainingConfig
 from msn_dist.errors import InputError
+from msn_dist.memory import Placement
+from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.planner import plan
 from msn_dist.training import checkpoint
 from msn_dist.training.checkpoint import Checkpoints, load_checkpoint, read, save_checkpoint, tensors_in
+from msn_dist.training.growth import grow
 from msn_dist.training.ranks import Ranks, joined_ranks
 from msn_dist.training.run_directory import RunDirectory
 from msn_dist.training.trainer import Trainer
@@ -27,6 +30,7 @@ from ranks import run_ranks
 from tiny_data import MEMORY, SCHEMA, config_of, write_data
 
 SAVED_AFTER = 3  # of the six steps
+GROWN = 13  # sub-keys
 LOADED_AS = {  # strategies by world size
     1: ["row_pooled"],
     2: ["row_pooled", "column"],
@@ -37,8 +41,10 @@ LOADED_AS = {  # strategies by world size
 LOADED = [(world, strategy) for world, strategies in LOADED_AS.items() for strategy in strategies]
 
 
-def trainer_of(folder: Path, ranks: Ranks, seed: int = 5, strategy: str = "row_pooled") -> Trainer:
-    memory = MEMORY | {"strategy": strategy}
+def trainer_of(
+    folder: Path, ranks: Ranks, seed: int = 5, strategy: str = "row_pooled", value_dtype: str = "fp32"
+) -> Trainer:
+    memory = MEMORY | {"strategy": strategy, "value_dtype": value_dtype}
     return Trainer(config_of(folder / "data", "msn_ffn", memory=memory, seed=seed), SCHEMA, RunDirectory(folder), ranks)
 
 
@@ -59,7 +65,7 @@ def hashes(trainer: Trainer) -> dict[str, list[str]]:
         slots = values.placement.row_of(torch.arange(values.slots))
         (state,) = values.fused_optimizer.state_dict()["state"].values()
         for kind, tensor in {"weight": values.state_dict()["weight"], **state}.items():
-            in_order = tensor.full_tensor().cpu()[slots]
+            in_order = tensor.full_tensor().cpu()[slots].float()  # NumPy has no bfloat16
             found[f"{name} {kind}"] = [sha256(part.numpy().tobytes()).hexdigest() for part in in_order.tensor_split(16)]
     return found
 
@@ -105,7 +111,19 @@ def at_one_world_size(rank: int, world: int, folder: Path) -> dict[str, Any]:
         found["saved"] = save_and_train_on(trainer, folder)
         del trainer
         gc.collect()
+        trainer = trainer_of(folder, ranks, value_dtype="bf16")
+        train(trainer, folder, range(SAVED_AFTER))
+        save_checkpoint(folder / "16 bits", trainer.model, trainer.optimizers, ranks)
+        found["16 bits"] = hashes(trainer)
+        del trainer
+        gc.collect()
     for strategy in LOADED_AS[world]:
+        trainer = trainer_of(folder, ranks, seed=99, strategy=strategy, value_dtype="bf16")
+        load_checkpoint(folder / "16 bits", trainer.model, trainer.optimizers, ranks)
+        found[f"16 bits, {strategy}"] = hashes(trainer)
+        train(trainer, folder, range(SAVED_AFTER, SAVED_AFTER + 1))
+        del trainer
+        gc.collect()
         trainer = trainer_of(folder, ranks, seed=99, strategy=strategy)
         load_checkpoint(folder / "checkpoint", trainer.model, trainer.optimizers, ranks)
         found[strategy] = {"hashes": hashes(trainer)}
@@ -113,6 +131,8 @@ def at_one_world_size(rank: int, world: int, folder: Path) -> dict[str, Any]:
         found[strategy]["losses"] = train(trainer, folder, range(SAVED_AFTER, len(STEPS)))
         del trainer
         gc.collect()
+    if world == 2:
+        grow(folder / "16 bits", folder / "16 bits, grown", MemoryConfig(**MEMORY), GROWN, ranks)
     return found
 
 
@@ -142,6 +162,50 @@ def test_a_checkpoint_is_replaced_when_the_next_one_is_complete(found) -> None:
         assert not saved["before the first is complete"]
         assert saved["before the second is complete"]
         assert saved["folders"] == ["checkpoint", "data"]
+
+
+@pytest.mark.parametrize(("world", "strategy"), LOADED)
+def test_values_of_16_bits_are_saved_and_loaded_as_they_are(world: int, strategy: str, found) -> None:
+    saved = found[4][0]["16 bits"]
+    assert all(saved[name] != of_32_bits for name, of_32_bits in found[4][0]["saved"]["hashes"].items())
+    for of_rank in found[world]:
+        assert of_rank[f"16 bits, {strategy}"] == saved
+
+
+def values_of(path: Path, ranks: Ranks) -> list[Tensor]:
+    return [tensor for name, tensor in contents(path, ranks).items() if name.endswith("values.weight")]
+
+
+def test_values_of_16_bits_grow_as_16_bits(folder: Path, found) -> None:
+    old, new = MEMORY["sub_keys"], GROWN
+    old_slots = torch.arange(old**2)
+    new_slots = old_slots // old * new + old_slots % old
+    with joined_ranks(TrainingConfig(device="cpu")) as ranks:
+        before, after = values_of(folder / "16 bits", ranks), values_of(folder / "16 bits, grown", ranks)
+    for before_RD, after_RD in zip(before, after, strict=True):
+        assert before_RD.dtype == after_RD.dtype == torch.bfloat16
+        old_rows, new_rows = (Placement.permuted(n**2).row_of(s) for n, s in ((old, old_slots), (new, new_slots)))
+        assert torch.equal(after_RD[new_rows], before_RD[old_rows])
+
+
+@pytest.mark.parametrize(("stored", "value_dtype"), [("checkpoint", "fp16"), ("16 bits", "fp32"), ("16 bits", "fp16")])
+def test_values_of_another_dtype_are_converted_and_the_console_is_told(
+    stored: str, value_dtype: str, folder: Path, found, capsys: pytest.CaptureFixture
+) -> None:
+    dtype = VALUE_DTYPES[value_dtype]
+    with joined_ranks(TrainingConfig(device="cpu")) as ranks:
+        trainer = trainer_of(folder, ranks, seed=99, value_dtype=value_dtype)
+        load_checkpoint(folder / stored, trainer.model, trainer.optimizers, ranks)
+        for values, expected_RD in zip(trainer.memories.values(), values_of(folder / stored, ranks), strict=True):
+            assert values.weight.dtype == dtype
+            assert torch.equal(values.weight, expected_RD.to(dtype))
+        del trainer, values
+    was, is_now = str(expected_RD.dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")
+    notes = capsys.readouterr().out.splitlines()
+    assert len(notes) == 2
+    for note in notes:
+        assert note.startswith(f"note: {folder / stored}: ")
+        assert note.endswith(f"memory.values.weight was {was} and becomes {is_now}")
 
 
 @pytest.mark.parametrize(("world", "strategy"), LOADED)

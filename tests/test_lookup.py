@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
+from torch import Tensor
 
 from msn_dist.errors import InputError
 from msn_dist.kernels import reference
 from msn_dist.sharding import lookup as lookups
 from msn_dist.sharding.hits import Hits, offsets_of
-from msn_dist.sharding.lookup import LOOKUPS, ValueOptimizer, choose_lookup, make_lookup, weights_gradient
+from msn_dist.sharding.lookup import LOOKUPS, Lookup, ValueOptimizer, choose_lookup, make_lookup, weights_gradient
+from msn_dist.sharding.rounding import round_at_random
 from triton_device import DEVICE
 
 ROWS, DIM = 30, 8
+HALVES = [torch.bfloat16, torch.float16]
 
 
 def hits_of(lengths: list[int]) -> Hits:
@@ -20,6 +25,10 @@ def hits_of(lengths: list[int]) -> Hits:
     count = sum(lengths)
     rows_H = torch.randint(ROWS, (count,), generator=generator, dtype=torch.int32)
     return Hits(rows_H, torch.rand(count, generator=generator), offsets_of(torch.tensor(lengths)))
+
+
+def device_of(lookup: str) -> torch.device:
+    return DEVICE if lookup == "triton" else torch.device("cpu")
 
 
 @pytest.mark.parametrize("lengths", [[3, 0, 5, 1], [0, 0], [], [4] * 50])
@@ -30,16 +39,34 @@ def test_the_gradient_of_the_weights_is_the_naive_one(lengths: list[int]) -> Non
     torch.testing.assert_close(weights_gradient(values_RD, hits, gradient_GD), expected_H)
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("lengths", [[3, 0, 5, 1], [], [4] * 50])
+def test_the_gradient_of_the_weights_of_16_bit_values_is_summed_in_float32(
+    lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookups, "_PIECE", 7 * DIM)
+    hits = hits_of(lengths)
+    values_RD, gradient_GD = torch.randn(ROWS, DIM).to(dtype), torch.randn(len(lengths), DIM)
+    expected_H = reference.weights_gradient(values_RD.float(), hits.rows_H, hits.offsets_G1, gradient_GD)
+    torch.testing.assert_close(weights_gradient(values_RD, hits, gradient_GD), expected_H)
+
+
+ANY_DTYPE = [(lookup, torch.float32) for lookup in LOOKUPS] + list(product(["reference", "triton"], HALVES))
+
+
+@pytest.mark.parametrize(("lookup", "dtype"), ANY_DTYPE)
 @pytest.mark.parametrize("of_weights", [True, False])
 @pytest.mark.parametrize("tape", [True, False])
-def test_a_look_up_reads_and_steps_as_the_naive_formulas(lookup: str, of_weights: bool, tape: bool) -> None:
-    device = DEVICE if lookup == "triton" else torch.device("cpu")
+def test_a_look_up_reads_and_steps_as_the_naive_formulas(
+    lookup: str, dtype: torch.dtype, of_weights: bool, tape: bool
+) -> None:
+    device = device_of(lookup)
     hits = on(device, hits_of([3, 0, 5, 1, 7]))
-    table = make_lookup(lookup, ROWS, DIM, ValueOptimizer(0.3, 1e-8), device)
-    assert table.name == lookup
+    table = make_lookup(lookup, ROWS, DIM, ValueOptimizer(0.3, 1e-8), device, dtype)
+    assert (table.name, table.weight_RD.dtype, table.moment_R.dtype) == (lookup, dtype, torch.float32)
     table.weight_RD.copy_(torch.randn(ROWS, DIM))
-    values_RD, moment_R = table.weight_RD.clone().requires_grad_(), torch.zeros(ROWS, device=device)
+    values_RD = table.weight_RD.to(torch.float32, copy=True).requires_grad_()
+    moment_R = torch.zeros(ROWS, device=device)
     weights_H, gradient_GD = hits.weights_H.clone().requires_grad_(), torch.randn(5, DIM).to(device)
     expected_GD = reference.weighted_bags(values_RD, hits.rows_H, hits.offsets_G1, weights_H)
     expected_GD.backward(gradient_GD)
@@ -50,31 +77,108 @@ def test_a_look_up_reads_and_steps_as_the_naive_formulas(lookup: str, of_weights
     else:
         assert gradient_H is None
     reference.rowwise_adagrad_(values_RD.data, moment_R, values_RD.grad, 0.3, 1e-8)
-    torch.testing.assert_close(table.weight_RD, values_RD.detach())
+    assert_stored(table, values_RD.detach())
     torch.testing.assert_close(table.moment_R, moment_R)
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
-def test_rows_without_weights_come_as_they_are_and_are_stepped(lookup: str) -> None:
-    device = DEVICE if lookup == "triton" else torch.device("cpu")
+def assert_stored(table: Lookup, expected_RD: Tensor) -> None:
+    """As they are, or as one of the two neighbours among numbers of 16 bits."""
+    error = 1.3e-6 if table.weight_RD.dtype == torch.float32 else torch.finfo(table.weight_RD.dtype).eps
+    torch.testing.assert_close(table.weight_RD.float(), expected_RD, rtol=error, atol=1e-5)
+
+
+@pytest.mark.parametrize(("lookup", "dtype"), ANY_DTYPE)
+def test_rows_without_weights_come_as_they_are_and_are_stepped(lookup: str, dtype: torch.dtype) -> None:
+    device = device_of(lookup)
     rows_H = torch.tensor([4, 0, 4, 29], dtype=torch.int32)
-    hits = on(device, Hits(rows_H, None, torch.arange(5)))
-    table = make_lookup(lookup, ROWS, DIM, ValueOptimizer(0.3, 1e-8), device)
+    hits = on(device, Hits.uniform(rows_H, None, size=1))
+    table = make_lookup(lookup, ROWS, DIM, ValueOptimizer(0.3, 1e-8), device, dtype)
     table.set_learning_rate(0.1)
     table.weight_RD.copy_(torch.randn(ROWS, DIM))
-    values_RD, moment_R = table.weight_RD.clone(), torch.zeros(ROWS, device=device)
+    values_RD, moment_R = table.weight_RD.to(torch.float32, copy=True), torch.zeros(ROWS, device=device)
     assert torch.equal(table.read(hits, update_follows=True), values_RD[rows_H])
     gradient_GD = torch.randn(4, DIM).to(device)
     assert table.update(hits, gradient_GD) is None
     gradient_RD = torch.zeros_like(values_RD).index_add_(0, hits.rows_H, gradient_GD)
     reference.rowwise_adagrad_(values_RD, moment_R, gradient_RD, 0.1, 1e-8)
-    torch.testing.assert_close(table.weight_RD, values_RD)
+    assert_stored(table, values_RD)
     torch.testing.assert_close(table.moment_R, moment_R)
 
 
 def on(device: torch.device, hits: Hits) -> Hits:
     weights_H = None if hits.weights_H is None else hits.weights_H.to(device)
-    return Hits(hits.rows_H.to(device), weights_H, hits.offsets_G1.to(device))
+    return Hits(hits.rows_H.to(device), weights_H, hits.offsets_G1.to(device), hits.size)
+
+
+@pytest.mark.parametrize("lookup", LOOKUPS)
+@pytest.mark.parametrize("bags", [6, 0])
+def test_bags_that_are_known_to_be_uniform_give_the_same(lookup: str, bags: int) -> None:
+    device = device_of(lookup)
+    jagged = on(device, hits_of([3] * bags))
+    uniform = Hits.uniform(jagged.rows_H, jagged.weights_H, size=3)
+    assert torch.equal(uniform.offsets_G1, jagged.offsets_G1) and torch.equal(uniform.bag_H(), jagged.bag_H())
+    if lookup == "triton":
+        uniform.offsets_G1 = torch.full_like(jagged.offsets_G1, -1)  # not to be looked at
+    values_RD, gradient_GD = torch.randn(ROWS, DIM), torch.randn(bags, DIM, device=device)
+    found = []
+    for hits in (uniform, jagged):
+        table = make_lookup(lookup, ROWS, DIM, ValueOptimizer(0.3, 1e-8), device)
+        table.weight_RD.copy_(values_RD)
+        found.append([table.read(hits), table.update(hits, gradient_GD), table.weight_RD, table.moment_R])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+STEPS = 16
+
+
+def stepped(lookup: str, dtype: torch.dtype, seed: int) -> Tensor:
+    """A table of 1.5 after STEPS steps, each of a sixteenth of the distance to the next number."""
+    device = device_of(lookup)
+    table = make_lookup(lookup, ROWS, DIM, ValueOptimizer(torch.finfo(dtype).eps / 16), device, dtype, seed)
+    table.weight_RD.fill_(1.5)
+    hits = on(device, Hits.uniform(torch.arange(ROWS, dtype=torch.int32), None, size=1))
+    for _ in range(STEPS):
+        table.moment_R.zero_()
+        table.update(hits, torch.ones(ROWS, DIM, device=device))
+    return table.weight_RD.float().cpu()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("lookup", ["reference", "triton"])
+def test_steps_too_small_for_16_bits_add_up(lookup: str, dtype: torch.dtype) -> None:
+    random_state = torch.get_rng_state()
+    weight_RD = stepped(lookup, dtype, seed=3)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    moves_RD = (1.5 - weight_RD) / torch.finfo(dtype).eps
+    assert torch.equal(moves_RD, moves_RD.round())
+    # binomial: mean 1, deviation 0.97 a value, 0.06 of the mean; one noise for all steps would move some 16 times
+    assert abs(moves_RD.mean() - 1) < 0.2 and abs(moves_RD.std() - 0.97) < 0.2 and moves_RD.max() < 8
+    assert torch.equal(stepped(lookup, dtype, seed=3), weight_RD)
+    assert not torch.equal(stepped(lookup, dtype, seed=4), weight_RD)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("x", [1.001, -0.30001, 3e-5, -1e-7, 1000.3])
+def test_rounding_at_random_is_right_in_the_mean(x: float, dtype: torch.dtype) -> None:
+    samples = 20_000
+    rounded = round_at_random(torch.full((samples,), x), dtype, torch.Generator().manual_seed(0)).double()
+    below, above = rounded.min(), rounded.max()
+    up, down = torch.tensor([float("inf"), -float("inf")], dtype=dtype)
+    nearest = torch.tensor(x, dtype=dtype)
+    neighbours = [float(torch.nextafter(nearest, way)) for way in (up, down)]
+    assert below < x < above and len(rounded.unique()) == 2
+    assert float(nearest) in (below, above) and {float(below), float(above)} <= {float(nearest), *neighbours}
+    share = (x - below) / (above - below)
+    deviation = (above - below) * (share * (1 - share) / samples).sqrt()
+    assert abs(rounded.mean() - x) < 4 * deviation
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rounding_leaves_what_needs_none(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    torch.testing.assert_close(round_at_random(every.float(), dtype, generator), every, rtol=0, atol=0, equal_nan=True)
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -116,6 +220,27 @@ def test_a_look_up_that_cannot_run_is_refused_with_the_reason(kind: str, monkeyp
         choose_lookup(kind, CPU, DIM)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "device", "chosen", "refusal"),
+    [
+        (torch.bfloat16, CPU, "reference", "FBGEMM stores no values of bf16"),
+        (torch.float16, CPU, "reference", "on a CPU FBGEMM rounds fp16 to the nearest, which loses small steps"),
+        (torch.bfloat16, GPU, "reference", "FBGEMM stores no values of bf16"),
+        (torch.float16, GPU, "fbgemm", None),
+    ],
+)
+def test_fbgemm_is_not_chosen_for_values_that_it_cannot_step(
+    dtype: torch.dtype, device: torch.device, chosen: str, refusal: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookups, "why_no_triton", lambda _: "it is old")
+    assert choose_lookup("auto", device, DIM, dtype) == chosen
+    if refusal is None:
+        assert choose_lookup("fbgemm", device, DIM, dtype) == "fbgemm"
+    else:
+        with pytest.raises(InputError, match=f"^memory.lookup=fbgemm: {refusal}; set memory.lookup to auto or ref"):
+            choose_lookup("fbgemm", device, DIM, dtype)
+
+
 def test_auto_leaves_the_interpreter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookups, "why_no_triton", lambda _: None)
     monkeypatch.setattr(lookups, "interpreted", lambda: True)
@@ -126,5 +251,6 @@ def test_values_too_wide_for_the_kernels_go_to_another_look_up(monkeypatch: pyte
     monkeypatch.setattr(lookups, "why_no_triton", lambda _: None)
     monkeypatch.setattr(lookups, "interpreted", lambda: False)
     assert choose_lookup("auto", GPU, 4100) == "fbgemm"
+    assert choose_lookup("auto", GPU, 4100, torch.bfloat16) == "reference"
     with pytest.raises(InputError, match="memory.lookup=triton: the kernels take values up to 4096 wide, and these "):
         choose_lookup("triton", GPU, 4100)

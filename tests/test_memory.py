@@ -13,6 +13,7 @@ from msn_dist.kernels import reference
 from msn_dist.memory import Memory, MemoryValues, Placement
 from msn_dist.memory.health import SlotUsage
 from msn_dist.memory.placement import initial_values
+from msn_dist.memory.values import VALUE_DTYPES
 
 
 @pytest.mark.parametrize(("sub_keys", "k"), [(1, 1), (7, 7), (20, 1), (20, 8), (63, 32), (100, 64)])
@@ -151,6 +152,28 @@ def test_initial_values_do_not_depend_on_how_rows_are_cut() -> None:
     assert abs(whole.mean()) < 0.02 and abs(whole.std() - 0.5) < 0.01
     assert not torch.equal(whole, MemoryValues(1000, 12, init_std=0.5, seed=5).weight)
     assert len(whole.unique()) > 11_000  # rows and columns differ
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_values_of_16_bits_are_those_of_32_rounded_and_are_summed_in_float32(kind: str) -> None:
+    memories = []
+    for value_dtype in (kind, "fp32"):
+        torch.manual_seed(0)
+        config = MemoryConfig(sub_keys=8, top_k=4, key_dim=4, value_dtype=value_dtype)
+        memories.append(Memory(config, tokens=2, width=8, seed=3))
+    half, full = memories
+    dtype = VALUE_DTYPES[kind]
+    assert half.values.weight.dtype == dtype
+    assert torch.equal(half.values.weight, full.values.weight.to(dtype))
+    full.values.weight.data.copy_(half.values.weight)
+    x_BTD = torch.randn(50, 2, 8)
+    found_BTD, expected_BTD = half(x_BTD), full(x_BTD)
+    assert torch.equal(found_BTD, expected_BTD)
+    found_BTD.square().sum().backward()
+    expected_BTD.square().sum().backward()
+    torch.testing.assert_close(half.keys.row.codes_HNE.grad, full.keys.row.codes_HNE.grad)
+    error = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(half.values.weight.grad.float(), full.values.weight.grad, rtol=error, atol=error)
 
 
 def test_a_memory_made_on_the_meta_device_starts_as_any_other() -> None:

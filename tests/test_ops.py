@@ -52,6 +52,8 @@ def test_the_gather_and_the_update_are_sound_operators() -> None:
     for bags, of_weights in ((uniform, True), (jagged, False)):
         step = (values_RD, moment_R, *bags, gradient_GD[: 6 if bags is uniform else 3], 0.1, 1e-8, of_weights)
         torch.library.opcheck(ops.sparse_adagrad_, step)
+        halves = (values_RD.bfloat16(), *step[1:], 5)
+        torch.library.opcheck(ops.sparse_adagrad_, halves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

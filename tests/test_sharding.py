@@ -7,10 +7,22 @@ from itertools import product
 
 import pytest
 import torch
+import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from memory_parity import Case, Tolerance, check_parity, plain, sharded
+from memory_parity import (
+    TOKENS,
+    WIDTH,
+    Case,
+    Tolerance,
+    captured_weights,
+    check_parity,
+    gathered,
+    plain,
+    sharded,
+)
 from msn_dist.errors import InputError
+from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.sharding.row_sharded import shard_of
 from msn_dist.sharding.strategies import STRATEGIES
 from ranks import run_ranks
@@ -73,7 +85,49 @@ def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> 
             compared.append(f"W = {world}  {strategy:18}  {how:18}  {case.name}, {len(truth.steps)} steps")
             del model
         gc.collect()
+    for strategy in strategies:
+        settings = [{"value_dtype": "bf16", "chunks": 3}, {"value_dtype": "fp16"}]
+        if device.type == "cuda" and strategy not in NO_OTHER_LOOKUP:
+            settings.append({"value_dtype": "fp16", "lookup": "fbgemm"})
+        elif strategy == "row_pooled":
+            settings.append({"value_dtype": "bf16", "chunks": 3, "lookup": "triton"})
+        for sharding in settings:
+            check_16_bits(CASES[0], device, strategy=strategy, **sharding)
+            how = ", ".join(f"{key} {value}" for key, value in sharding.items())
+            compared.append(f"W = {world}  {strategy:18}  {how:18}  {CASES[0].name}, 1 step")
     return compared
+
+
+def check_16_bits(case: Case, device: torch.device, *, strategy: str, value_dtype: str, **other: object) -> None:
+    """One step is that of float32 values which start as the same numbers; what is stored is then a neighbour of them.
+
+    float32 values go by the look-up that is compared with the plain memory above.
+    """
+    rank, world, dtype = dist.get_rank(), dist.get_world_size(), VALUE_DTYPES[value_dtype]
+    node = 2 if world == 4 else 1
+    half = sharded(case, device, node, strategy=strategy, value_dtype=value_dtype, **other)
+    full = sharded(case, device, node, strategy=strategy, **other)
+    what = f"{strategy} {value_dtype} {other}"
+    start_nD = gathered(full.module.values, "weight").to(dtype)
+    assert half.module.values.weight.dtype == dtype
+    assert torch.equal(gathered(half.module.values, "weight"), start_nD), f"{what}: the start differs"
+    full.module.values.load_state_dict(half.module.values.state_dict())
+
+    rows = case.rows_per_rank(world)[rank]
+    x_BTD = torch.randn(rows, TOKENS, WIDTH, generator=torch.Generator().manual_seed(rank))
+    found = []
+    for model in (half, full):
+        x = x_BTD.to(device, copy=True).requires_grad_()
+        with captured_weights(model.module) as weights:
+            output_BTD = model(x)
+        output_BTD.square().sum().backward()
+        found.append([output_BTD, x.grad, *(part.grad for part in weights), gathered(model.module.values, "moment")])
+    for one, truth in zip(*found, strict=True):
+        assert one.dtype == torch.float32
+        Tolerance().close(one, truth.detach().cpu(), what)
+    found_nD, truth_nD = (gathered(model.module.values, "weight") for model in (half, full))
+    Tolerance(rtol=torch.finfo(dtype).eps).close(found_nD.float(), truth_nD, f"{what}: values after the step")
+    assert not torch.equal(found_nD, start_nD) and not torch.equal(found_nD, truth_nD.to(dtype)), what
 
 
 def assert_back_ends(model: DistributedModelParallel, strategy: str, asked: dict, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from msn_dist.config import MemoryConfig
 from msn_dist.errors import InputError
 from msn_dist.memory.gate import Gate
 from msn_dist.memory.product_keys import ProductKeys
-from msn_dist.memory.values import MemoryValues, ValueSharding
+from msn_dist.memory.values import VALUE_DTYPES, MemoryValues, ValueSharding
 
 
 class Memory(nn.Module):
@@ -40,6 +40,7 @@ class Memory(nn.Module):
             value_dim,
             init_std=config.value_init_std if config.value_init_std is not None else value_dim**-0.5,
             seed=seed,
+            dtype=VALUE_DTYPES[config.value_dtype],
             sharding=ValueSharding(config.strategy, config.wire, config.lookup),
             device=device,
         )

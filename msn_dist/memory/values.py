@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from msn_dist.memory.health import MemoryHealth, SlotUsage
 from msn_dist.memory.placement import Placement, initial_values
 
+VALUE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as in MemoryConfig
+
 
 @dataclass(frozen=True)
 class ValueSharding:
@@ -30,7 +32,8 @@ class MemoryValues(nn.Module):
     """n learnable slots of width D, read as weighted sums.
 
     Row r of `weight` holds slot `placement.slot_of(r)`, at every world size.  Build it on the
-    "meta" device to shard a table that fits no single one.
+    "meta" device to shard a table that fits no single one.  With a 16-bit `dtype` sums are float32, but the
+    gradient is as the table: only a sharded one steps without losing what is small beside a value.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class MemoryValues(nn.Module):
         *,
         init_std: float,
         seed: int,
+        dtype: torch.dtype = torch.float32,
         sharding: ValueSharding = ValueSharding(),
         device: torch.device | str = "cpu",
     ) -> None:
@@ -47,7 +51,7 @@ class MemoryValues(nn.Module):
         self.slots, self.dim, self.init_std, self.seed = slots, dim, init_std, seed
         self.sharding = sharding
         self.placement = Placement.permuted(slots)
-        self.weight = nn.Parameter(torch.empty(slots, dim, device=device))
+        self.weight = nn.Parameter(torch.empty(slots, dim, dtype=dtype, device=device))
         self.usage = SlotUsage(slots, device=device)
         self.reset_parameters()
 
@@ -57,7 +61,7 @@ class MemoryValues(nn.Module):
             self.fill(self.weight, first_row=0)
 
     def fill(self, rows_RC: Tensor, first_row: int, first_column: int = 0) -> None:
-        """Write the initial values of the rows and columns that begin there into rows_RC."""
+        """Write the initial values of the rows and columns that begin there into rows_RC, rounded to its dtype."""
         initial_values(self.placement, first_row, rows_RC, std=self.init_std, seed=self.seed, first_column=first_column)
 
     def forward(self, slots_ML: Tensor, weights_ML: Tensor) -> Tensor:
@@ -65,7 +69,8 @@ class MemoryValues(nn.Module):
         rows_ML = self.placement.row_of(slots_ML)
         if self.training:
             self.usage.count(rows_ML.flatten())
-        return torch.einsum("ml,mld->md", weights_ML.to(self.weight.dtype), self.weight[rows_ML])
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.einsum("ml,mld->md", weights_ML.to(dtype), self.weight[rows_ML].to(dtype))
 
     def pooled_in_chunks(self, chunks: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """pooled_MD of each (slots_ML, weights_ML)."""

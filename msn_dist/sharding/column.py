@@ -59,7 +59,8 @@ class Column(ShardedMemoryValues):
                 "use fewer ranks, a larger memory.value_dim, or row_pooled"
             )
         # a last rank with fewer columns has zeros beside them, so that all messages are of one width
-        self.lookup = ReferenceLookup(self.slots, width, optimizer, device, self._mean_square)
+        dtype, seed = table.weight.dtype, table.seed
+        self.lookup = ReferenceLookup(self.slots, width, optimizer, device, dtype, seed, self._mean_square)
         self.lookup.weight_RD.zero_()
         weight = self.lookup.weight_RD[:, :columns]
         table.fill(weight, 0, first_column=rank * width)
@@ -86,8 +87,7 @@ class Column(ShardedMemoryValues):
 
             def hits_arrive() -> Hits:
                 arrived_H = trip.arrive()
-                offsets_G1 = torch.arange(sum(ctx.bags_W) + 1, device=arrived_H.device) * hits
-                return Hits(wire.rows_H, arrived_H, offsets_G1)
+                return Hits.uniform(wire.rows_H, arrived_H, size=hits)
 
             return Later(hits_arrive)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
@@ -23,11 +23,21 @@ if TYPE_CHECKING:
 
 
 class FbgemmLookup:
-    """FBGEMM's table-batched embedding (TBE) with one table, which updates its rows in its own backward."""
+    """FBGEMM's table-batched embedding (TBE) with one table, which updates its rows in its own backward.
+
+    It rounds float16 at random by torch's global generator of the GPU.
+    """
 
     name = "fbgemm"
 
-    def __init__(self, rows: int, dim: int, optimizer: ValueOptimizer, device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        optimizer: ValueOptimizer,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.optimizer = optimizer
         on_cpu = device.type == "cpu"
         location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
@@ -35,6 +45,7 @@ class FbgemmLookup:
         self._tbe = SplitTableBatchedEmbeddingBagsCodegen(
             [(rows, dim, location, compute)],
             device=device,
+            weights_precision=SparseType.from_dtype(dtype),
             optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
             learning_rate=optimizer.learning_rate,
             eps=optimizer.eps,

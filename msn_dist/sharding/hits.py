@@ -1,11 +1,11 @@
 """What an owner looks up, and the differentiable look-up of it.
 
-Shape suffixes: H hits, G bags, D value width.
+Shape suffixes: H hits, G bags, L hits of every bag where they are equal, D value width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,21 @@ class Hits(Multistreamable):
     rows_H: Tensor  # int32 (int64 for more than 2^31 rows a rank), local to the owner
     weights_H: Tensor | None  # None: the rows themselves, one a bag
     offsets_G1: Tensor  # int64
+    size: int | None = None  # L, where all bags are known to be equal
     tape: Any = None  # what a look-up keeps for its update
+
+    @staticmethod
+    def uniform(rows_H: Tensor, weights_H: Tensor | None, size: int) -> Hits:
+        """Bags of `size` hits each, one after the other."""
+        offsets_G1 = torch.arange(len(rows_H) // size + 1, device=rows_H.device) * size
+        return Hits(rows_H, weights_H, offsets_G1, size)
+
+    def bag_H(self) -> Tensor:
+        """The bag of each hit, int64."""
+        repeats = self.offsets_G1.diff() if self.size is None else self.size
+        bag_G = torch.arange(len(self.offsets_G1) - 1, device=self.rows_H.device)
+        # told how many, torch need not ask the device
+        return bag_G.repeat_interleave(repeats, output_size=len(self.rows_H))
 
     def record_stream(self, stream: torch.Stream) -> None:
         for tensor in (self.rows_H, self.weights_H, self.offsets_G1):
@@ -58,7 +72,7 @@ class _LookUp(Function):
         if weights_H is not None:
             weights_H = weights_H.detach()
         ctx.lookup, ctx.world, ctx.part_of = lookup, world, part_of
-        ctx.hits = Hits(hits.rows_H, weights_H, hits.offsets_G1)
+        ctx.hits = replace(hits, weights_H=weights_H)
         return lookup.read(ctx.hits, update_follows=ctx.needs_input_grad[1] and part_of.size == 1)
 
     @staticmethod
@@ -84,10 +98,12 @@ class _LookUp(Function):
 def _joined(parts: tuple[Hits, ...]) -> Hits:
     lengths_G = torch.cat([part.offsets_G1.diff() for part in parts])
     weights = [part.weights_H for part in parts if part.weights_H is not None]
+    sizes = {part.size for part in parts}
     return Hits(
         torch.cat([part.rows_H for part in parts]),
         torch.cat(weights) if weights else None,
         offsets_of(lengths_G),
+        size=sizes.pop() if len(sizes) == 1 else None,
     )
 
 

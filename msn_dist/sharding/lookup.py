@@ -18,6 +18,7 @@ from torch import Tensor
 from msn_dist.errors import InputError
 from msn_dist.kernels import reference
 from msn_dist.kernels.support import interpreted, why_no_triton
+from msn_dist.sharding.rounding import round_at_random
 
 if TYPE_CHECKING:
     from msn_dist.sharding.hits import Hits
@@ -35,10 +36,14 @@ class ValueOptimizer:
 
 
 class Lookup(Protocol):
-    """A table on one device, with its optimizer."""
+    """A table on one device, with its optimizer.
+
+    Sums and steps are float32, and so is the moment, whatever the values are; a 16-bit value that has been stepped is
+    rounded at random, by other random numbers in every step.
+    """
 
     name: str  # as in MemoryConfig.lookup
-    weight_RD: Tensor
+    weight_RD: Tensor  # float32, bfloat16 or float16
     moment_R: Tensor
     anchor: Tensor  # requires a gradient, so that backward comes here even if no weight does
     optimizer: ValueOptimizer
@@ -69,26 +74,31 @@ class ReferenceLookup:
         dim: int,
         optimizer: ValueOptimizer,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
         mean_square: Callable[[Tensor], Tensor] = reference.mean_square,
     ) -> None:
         self.optimizer = optimizer
         self.learning_rate = optimizer.learning_rate
-        self.weight_RD = torch.empty(rows, dim, device=device)
+        self.weight_RD = torch.empty(rows, dim, dtype=dtype, device=device)
         self.moment_R = torch.zeros(rows, device=device)
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._mean_square = mean_square
+        self._random = torch.Generator(device).manual_seed(seed)
 
     def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
+        rows_HD = self.weight_RD[hits.rows_H].to(torch.float32)
         if hits.weights_H is None:
-            return self.weight_RD[hits.rows_H]
-        return reference.weighted_bags(self.weight_RD, hits.rows_H, hits.offsets_G1, hits.weights_H)
+            return rows_HD
+        pooled_GD = rows_HD.new_zeros(len(hits.offsets_G1) - 1, rows_HD.shape[1])
+        return pooled_GD.index_add_(0, hits.bag_H(), rows_HD * hits.weights_H[:, None])
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
         gradient_HD, gradient_H = gradient_GD, None
         if hits.weights_H is not None:
             if of_weights:
                 gradient_H = weights_gradient(self.weight_RD, hits, gradient_GD)
-            gradient_HD = gradient_GD.repeat_interleave(hits.offsets_G1.diff(), dim=0) * hits.weights_H[:, None]
+            gradient_HD = gradient_GD[hits.bag_H()] * hits.weights_H[:, None]
         touched_U, where_H = torch.unique(hits.rows_H, return_inverse=True)
         gradient_UD = gradient_GD.new_zeros(len(touched_U), gradient_GD.shape[1])
         gradient_UD.index_add_(0, where_H, gradient_HD)
@@ -97,37 +107,48 @@ class ReferenceLookup:
 
     def step_rows(self, rows_U: Tensor, gradient_UD: Tensor) -> None:
         """One step of distinct rows."""
-        weight_UD, moment_U = self.weight_RD[rows_U], self.moment_R[rows_U]
+        weight_UD, moment_U = self.weight_RD[rows_U].to(torch.float32), self.moment_R[rows_U]
         reference.rowwise_adagrad_(
             weight_UD, moment_U, gradient_UD, self.learning_rate, self.optimizer.eps, self._mean_square(gradient_UD)
         )
-        self.weight_RD[rows_U], self.moment_R[rows_U] = weight_UD, moment_U
+        self.weight_RD[rows_U], self.moment_R[rows_U] = self.rounded(weight_UD), moment_U
+
+    def rounded(self, stepped_XD: Tensor) -> Tensor:
+        """float32 values as the table stores them."""
+        return round_at_random(stepped_XD, self.weight_RD.dtype, self._random)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate
 
 
 def weights_gradient(values_RD: Tensor, hits: Hits, gradient_GD: Tensor) -> Tensor:
-    """`reference.weights_gradient`, without its temporaries [H, D]: what `embedding_bag` runs in its backward."""
-    lengths_G = hits.offsets_G1.diff()
-    bag_H = torch.arange(len(lengths_G), device=lengths_G.device).repeat_interleave(lengths_G)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        gradient_GD.contiguous(), values_RD, hits.rows_H.long(), hits.offsets_G1[:-1], bag_H, 0
-    )
+    """`reference.weights_gradient` in float32, without its temporaries [H, D]."""
+    bag_H = hits.bag_H()
+    if values_RD.dtype == torch.float32:  # what `embedding_bag` runs in its backward
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            gradient_GD.contiguous(), values_RD, hits.rows_H.long(), hits.offsets_G1[:-1], bag_H, 0
+        )
+    piece = max(1, _PIECE // values_RD.shape[1])
+    pieces = zip(bag_H.split(piece), hits.rows_H.split(piece), strict=True)
+    return torch.cat([(gradient_GD[bag_X] * values_RD[row_X]).sum(1) for bag_X, row_X in pieces])
 
 
 LOOKUPS = ("reference", "fbgemm", "triton")
 _WIDEST = 4096  # columns that the Triton kernels take
+_PIECE = 2**22  # 16-bit numbers that are widened at once
 
 
-def choose_lookup(kind: str, device: torch.device, dim: int) -> str:
-    """Which of LOOKUPS serves rows of width `dim` on `device`; `kind` is one of them or "auto".
+def choose_lookup(kind: str, device: torch.device, dim: int, dtype: torch.dtype = torch.float32) -> str:
+    """Which of LOOKUPS serves rows of `dim` values of `dtype` on `device`; `kind` is one of them or "auto".
 
-    auto is triton on a GPU that its kernels run on, else fbgemm, or reference where that is not installed.
+    auto is triton on a GPU that its kernels run on, else fbgemm, or reference where that cannot.
     Raises InputError if `kind` cannot run here.
     """
     too_wide = f"the kernels take values up to {_WIDEST} wide, and these are {dim}" if dim > _WIDEST else None
-    reasons = {"triton": why_no_triton(device) or too_wide, "fbgemm": _why_no_fbgemm()}
+    reasons = {
+        "triton": why_no_triton(device) or too_wide,
+        "fbgemm": _why_no_fbgemm() or _why_not_in_fbgemm(dtype, device),
+    }
     if kind == "auto":
         on_gpu = device.type == "cuda" and not interpreted()
         if on_gpu and reasons["triton"] is None:
@@ -138,17 +159,39 @@ def choose_lookup(kind: str, device: torch.device, dim: int) -> str:
     return kind
 
 
-def make_lookup(kind: str, rows: int, dim: int, optimizer: ValueOptimizer, device: torch.device) -> Lookup:
-    """The look-up that `choose_lookup` names, over `rows` rows of width `dim` whose values are yet to be filled in."""
-    match choose_lookup(kind, device, dim):
+def make_lookup(
+    kind: str,
+    rows: int,
+    dim: int,
+    optimizer: ValueOptimizer,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Lookup:
+    """The look-up that `choose_lookup` names, over `rows` rows of width `dim` whose values are yet to be filled in.
+
+    `seed` is that of random rounding.
+    """
+    match choose_lookup(kind, device, dim, dtype):
         case "triton":
-            from msn_dist.sharding.triton_lookup import TritonLookup as Chosen
+            from msn_dist.sharding.triton_lookup import TritonLookup
+
+            return TritonLookup(rows, dim, optimizer, device, dtype, seed)
         case "fbgemm":
-            from msn_dist.sharding.fbgemm_lookup import FbgemmLookup as Chosen
+            from msn_dist.sharding.fbgemm_lookup import FbgemmLookup
+
+            return FbgemmLookup(rows, dim, optimizer, device, dtype)
         case _:
-            Chosen = ReferenceLookup
-    return Chosen(rows, dim, optimizer, device)
+            return ReferenceLookup(rows, dim, optimizer, device, dtype, seed)
 
 
 def _why_no_fbgemm() -> str | None:
     return None if importlib.util.find_spec("fbgemm_gpu") else "FBGEMM is not installed"
+
+
+def _why_not_in_fbgemm(dtype: torch.dtype, device: torch.device) -> str | None:
+    if dtype == torch.bfloat16:
+        return "FBGEMM stores no values of bf16"
+    if dtype == torch.float16 and device.type == "cpu":
+        return "on a CPU FBGEMM rounds fp16 to the nearest, which loses small steps"
+    return None

@@ -40,18 +40,17 @@ class Replicated(ShardedMemoryValues):
         self, table: MemoryValues, group: dist.ProcessGroup, optimizer: ValueOptimizer, device: torch.device
     ) -> None:
         super().__init__(table, group, device)
+        dtype, seed = table.weight.dtype, table.seed
         self.lookup = _ReplicatedLookup(
-            self.slots, self.dim, optimizer, device, exchange=self.exchange, wire=self.gradient_wire
+            self.slots, self.dim, optimizer, device, dtype, seed, exchange=self.exchange, wire=self.gradient_wire
         )
         table.fill(self.lookup.weight_RD, 0)
         self.usage = SlotUsage(self.slots, device)
         self._register(self.lookup.block_RD, self.lookup.moment_R, Shard(0), Shard(0))
 
     def input_dist(self, ctx: ExchangeContext, slots_ML: Tensor, weights_ML: Tensor) -> Awaitable[Awaitable[Hits]]:
-        bags, hits = slots_ML.shape
         row_H = self.placement.row_of(slots_ML).flatten()
-        offsets_G1 = torch.arange(bags + 1, device=row_H.device) * hits
-        return NoWait(NoWait(Hits(row_H, weights_ML.flatten().to(torch.float32), offsets_G1)))
+        return NoWait(NoWait(Hits.uniform(row_H, weights_ML.flatten().to(torch.float32), size=slots_ML.shape[1])))
 
     def output_dist(self, ctx: ExchangeContext, output: Tensor) -> LazyAwaitable[Tensor]:
         return LazyNoWait(output)
@@ -82,11 +81,13 @@ class _ReplicatedLookup(ReferenceLookup):
         dim: int,
         optimizer: ValueOptimizer,
         device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
         *,
         exchange: Exchange,
         wire: Wire,
     ) -> None:
-        super().__init__(slots, dim, optimizer, device)
+        super().__init__(slots, dim, optimizer, device, dtype, seed)
         self._exchange, self._wire = exchange, wire
         shards = [shard_of(slots, exchange.world, rank) for rank in range(exchange.world)]
         _, first_row, rows = shards[exchange.rank]
@@ -98,17 +99,19 @@ class _ReplicatedLookup(ReferenceLookup):
         gradient_H = None
         if of_weights:
             gradient_H = weights_gradient(self.weight_RD, hits, gradient_GD)
-        gradient_HD = gradient_GD.repeat_interleave(hits.offsets_G1.diff(), dim=0) * hits.weights_H[:, None]
-        gradient_nD = torch.zeros_like(self.weight_RD).index_add_(0, hits.rows_H, gradient_HD)
+        gradient_HD = gradient_GD[hits.bag_H()] * hits.weights_H[:, None]
+        gradient_nD = torch.zeros_like(self.weight_RD, dtype=torch.float32).index_add_(0, hits.rows_H, gradient_HD)
         message, world = self._wire.encode(gradient_nD), self._exchange.world
         parts = self._exchange.start("backward", "table_gradient", message, self._rows_W, self._mine_W).wait()
         gradient_RD = self._wire.decode(parts).unflatten(0, (world, len(self.block_RD))).sum(0)
         # rows that nobody has hit have a gradient of 0, which leaves them as they are
-        reference.rowwise_adagrad_(self.block_RD, self.moment_R, gradient_RD, self.learning_rate, self.optimizer.eps)
+        stepped_RD = self.block_RD.to(torch.float32)
+        reference.rowwise_adagrad_(stepped_RD, self.moment_R, gradient_RD, self.learning_rate, self.optimizer.eps)
+        self.block_RD.copy_(self.rounded(stepped_RD))
         self.share_block()
         return gradient_H
 
     def share_block(self) -> None:
         """Give this rank's rows to all and take theirs; a collective call."""
-        mine = self.block_RD.repeat(self._exchange.world, 1)
+        mine = self.block_RD.to(torch.float32).repeat(self._exchange.world, 1)
         self.weight_RD.copy_(self._exchange.start("backward", "table", mine, self._mine_W, self._rows_W).wait())

@@ -81,7 +81,11 @@ class RowPooled(RowSharded):
         return row_H, self.exchange.start("forward", "lengths", lengths_X, ctx.due_W, ctx.owed_W)
 
     def _bags(self, ctx: PooledContext, rows_H: Tensor, weights_H: Tensor, lengths: Flight | None) -> Hits:
-        return Hits(rows_H, weights_H, offsets_of(lengths.wait()))
+        return Hits(rows_H, weights_H, offsets_of(lengths.wait()), self._size(ctx))
+
+    def _size(self, ctx: PooledContext) -> int | None:
+        """Hits of every bag, if no other rank has a part of them."""
+        return ctx.hits if self.exchange.world == 1 else None
 
     def output_dist(self, ctx: PooledContext, output: Tensor) -> LazyAwaitable[Tensor]:
         trip = Trip(self.exchange, "pooled", ctx.owed_W, ctx.due_W, self.values_wire, self.gradient_wire)
@@ -109,7 +113,7 @@ class RowPooledSparse(RowPooled):
     def _bags(self, ctx: PooledContext, rows_H: Tensor, weights_H: Tensor, lengths: None) -> Hits:
         first_P = torch.nonzero_static(rows_H < 0, size=sum(ctx.owed_W)).flatten()
         offsets_G1 = torch.nn.functional.pad(first_P, (0, 1), value=len(rows_H))
-        return Hits(torch.where(rows_H < 0, ~rows_H, rows_H), weights_H, offsets_G1)
+        return Hits(torch.where(rows_H < 0, ~rows_H, rows_H), weights_H, offsets_G1, self._size(ctx))
 
     def _sum(self, ctx: PooledContext, partial_PD: Tensor) -> Tensor:
         return partial_PD.new_zeros(ctx.bags, self.dim).index_add(0, ctx.bag_P, partial_PD)

@@ -27,7 +27,9 @@ class RowSharded(ShardedMemoryValues):
         super().__init__(table, group, device)
         self.block, first_row, rows = shard_of(self.slots, self.exchange.world, self.exchange.rank)
         self.row_dtype = torch.int32 if self.block < 2**31 else torch.int64
-        self.lookup = make_lookup(table.sharding.lookup, rows, self.dim, optimizer, device)
+        self.lookup = make_lookup(
+            table.sharding.lookup, rows, self.dim, optimizer, device, table.weight.dtype, table.seed
+        )
         table.fill(self.lookup.weight_RD, first_row)
         self.usage = SlotUsage(rows, device)
         self._register(self.lookup.weight_RD, self.lookup.moment_R, Shard(0), Shard(0))

@@ -1,10 +1,11 @@
 """The look-up by this project's own Triton kernels.
 
-Shape suffixes: R rows on this rank, D value width, G bags, H hits.
+Shape suffixes: R rows on this rank, D value width, G bags, H hits, L hits of every bag where they are equal.
 """
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,35 +23,46 @@ class TritonLookup:
 
     name = "triton"
 
-    def __init__(self, rows: int, dim: int, optimizer: ValueOptimizer, device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        optimizer: ValueOptimizer,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
         self.optimizer = optimizer
         self.learning_rate = optimizer.learning_rate
-        self.weight_RD = torch.empty(rows, dim, device=device)
+        self.weight_RD = torch.empty(rows, dim, dtype=dtype, device=device)
         self.moment_R = torch.zeros(rows, device=device)
         self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self._seeds = None if dtype == torch.float32 else random.Random(seed)
 
     def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
-        return ops.sparse_gather(self.weight_RD, hits.rows_H, hits.weights_H, _offsets(hits))
+        return ops.sparse_gather(self.weight_RD, *_bags(hits))
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
         of_weights = of_weights and hits.weights_H is not None
         gradient_H = ops.sparse_adagrad_(
             self.weight_RD,
             self.moment_R,
-            hits.rows_H,
-            hits.weights_H,
-            _offsets(hits),
+            *_bags(hits),
             gradient_GD.contiguous(),
             self.learning_rate,
             self.optimizer.eps,
             of_weights,
+            None if self._seeds is None else self._seeds.getrandbits(31),
         )
-        return gradient_H if of_weights else None
+        return gradient_H.flatten() if of_weights else None
 
     def set_learning_rate(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate
 
 
-def _offsets(hits: Hits) -> Tensor | None:
-    """None where every bag is one row, which the kernels then need not be told."""
-    return None if hits.weights_H is None else hits.offsets_G1
+def _bags(hits: Hits) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows, weights and offsets as the kernels take them: [G, L] without offsets is faster."""
+    if hits.size is None:
+        return hits.rows_H, hits.weights_H, hits.offsets_G1
+    weights_GL = None if hits.weights_H is None else hits.weights_H.view(-1, hits.size)
+    return hits.rows_H.view(-1, hits.size), weights_GL, None

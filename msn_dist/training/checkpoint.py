@@ -17,12 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from msn_dist.errors import InputError
+from msn_dist.training.console import Console
 from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import Ranks
 
@@ -67,11 +69,14 @@ def save_checkpoint(path: Path, model: DistributedModelParallel, optimizers: Opt
 def load_checkpoint(path: Path, model: DistributedModelParallel, optimizers: Optimizers, ranks: Ranks) -> None:
     """Read what `save_checkpoint` wrote, at any world size and with any strategy, so that training can go on.
 
-    A collective call.  The state has no step: learning rates follow from the step that the caller counts.
+    A collective call.  The state has no step: learning rates follow from the step that the caller counts.  Values that
+    were stored as another dtype are converted, fewer bits by rounding to the nearest, which the console is told.
     """
     optimizers.make_state()
     state = _state(model, optimizers)
     read(path, state, ranks)
+    for change in _conversions(state["model"], tensors_in(path, ranks)):
+        Console(ranks.rank, 0, 1).say(f"note: {path}: {change}")
     model.load_state_dict(state["model"])
     model.fused_optimizer.load_state_dict(state["fused_optimizer"])
     optimizers.dense.load_state_dict(state["dense_optimizer"])
@@ -124,6 +129,16 @@ def require_shapes(model: DistributedModelParallel, shapes: Mapping[str, torch.S
         raise InputError(
             f"{place}: is of another model; only memory.sub_keys may be larger than there: {', '.join(lines + more)}"
         )
+
+
+def _conversions(state: Mapping[str, Tensor], stored: Mapping[str, TensorStorageMetadata]) -> list[str]:
+    """Which tensors were not stored as the dtype that they are read as."""
+    dtypes = {name: stored[f"model.{name}"].properties.dtype for name in state}
+    return [
+        f"{name} was {dtypes[name]} and becomes {tensor.dtype}".replace("torch.", "")
+        for name, tensor in state.items()
+        if dtypes[name] != tensor.dtype
+    ]
 
 
 def _state(model: DistributedModelParallel, optimizers: Optimizers) -> dict[str, Any]:

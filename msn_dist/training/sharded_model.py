@@ -15,6 +15,7 @@ from msn_dist.config import MemoryConfig, RunConfig
 from msn_dist.data.schema import Schema
 from msn_dist.memory.placement import Placement, initial_values
 from msn_dist.memory.product_keys import choose_retrieval
+from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.models.parameters import count_parameters
 from msn_dist.models.ranker import Ranker
 from msn_dist.planner import Plan, make_plan
@@ -83,7 +84,7 @@ def memory_back_ends(model: DistributedModelParallel, device: torch.device) -> d
 
 def _require_back_ends(memory: MemoryConfig, value_dim: int, device: torch.device) -> None:
     choose_retrieval(memory.retrieval, device.type, memory.top_k, memory.sub_keys, memory.key_dim)
-    choose_lookup(memory.lookup, device, value_dim)
+    choose_lookup(memory.lookup, device, value_dim, VALUE_DTYPES[memory.value_dtype])
 
 
 @torch.no_grad()
