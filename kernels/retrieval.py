@@ -72,19 +72,19 @@ def retrieve_backward(
 
     dz_j = tau * w_j * (dw_j - sum_l w_l dw_l);  dq = sum_j dz_j K[I_j];  dK[I] = sum of dz * q over the hits of I.
     """
-    heads, sub_keys, width = row_keys_HNE.shape
-    rows_MHK = torch.empty(slots_MHK.shape, dtype=torch.int32, device=slots_MHK.device)
-    columns_MHK = torch.empty_like(rows_MHK)
-    scores_gradient_MHK = torch.empty_like(weights_MHK)
-    bags, k = slots_MHK.shape[0] * heads, slots_MHK.shape[2]
+    count, heads, k = slots_MHK.shape
+    sub_keys, width = row_keys_HNE.shape[1:]
+    bags, keys_of_axis = count * heads, heads * sub_keys
+    # Both axes as one: bags of the column axis and their keys come after those of the row axis.
+    keys_GK = torch.empty(2 * bags, k, dtype=torch.int32, device=slots_MHK.device)
+    dz_GK = torch.empty(2 * bags, k, device=slots_MHK.device)
     if bags:
         _scores_gradient_kernel[(triton.cdiv(bags, 32),)](
             slots_MHK,
             weights_MHK,
             gradient_MHK.contiguous(),
-            rows_MHK,
-            columns_MHK,
-            scores_gradient_MHK,
+            keys_GK,
+            dz_GK,
             bags,
             heads,
             sub_keys,
@@ -93,26 +93,23 @@ def retrieve_backward(
             padded_k=triton.next_power_of_2(k),
             block=32,
         )
-    dz_GK = scores_gradient_MHK.view(bags, k)
-    of_queries, of_keys = [], []
-    for queries_MHE, keys_HNE, keys_MHK in (
-        (row_queries_MHE, row_keys_HNE, rows_MHK),
-        (col_queries_MHE, col_keys_HNE, columns_MHK),
-    ):
-        keys_XE, keys_GK = keys_HNE.reshape(heads * sub_keys, width).contiguous(), keys_MHK.view(bags, k)
-        of_queries.append(sparse_gather(keys_XE, keys_GK, dz_GK, out_dtype=queries_MHE.dtype).view_as(queries_MHE))
-        sums_XE = scatter_sum(queries_MHE.reshape(bags, width), keys_GK, dz_GK, heads * sub_keys)
-        of_keys.append(sums_XE.to(keys_HNE.dtype).view_as(keys_HNE))
+    keys_XE = torch.cat([row_keys_HNE, col_keys_HNE]).view(2 * keys_of_axis, width)
+    of_queries = [
+        sparse_gather(keys_XE, keys_GK[axis], dz_GK[axis], out_dtype=row_queries_MHE.dtype).view(count, heads, width)
+        for axis in (slice(bags), slice(bags, None))
+    ]
+    queries_GE = torch.cat([row_queries_MHE, col_queries_MHE]).view(2 * bags, width)
+    sums_XE = scatter_sum(queries_GE, keys_GK, dz_GK, 2 * keys_of_axis)
+    of_keys = [sums.to(row_keys_HNE.dtype, copy=True).view_as(row_keys_HNE) for sums in sums_XE.split(keys_of_axis)]
     return *of_queries, *of_keys
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bags"])
 def _scores_gradient_kernel(
     slots,
     weights,
     gradients,
-    rows,
-    columns,
+    keys,
     out,
     bags,
     heads,
@@ -122,21 +119,25 @@ def _scores_gradient_kernel(
     padded_k: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Softmax backward; and the hits' keys on either axis, as rows of [heads * sub_keys, E]."""
+    """Softmax backward, and the hits' keys as rows of [2 * heads * sub_keys, E]; both for each axis."""
     g = tl.program_id(0) * block + tl.arange(0, block)
     j = tl.arange(0, padded_k)
     mask = (g < bags)[:, None] & (j < k)[None, :]
-    at = g.to(tl.int64)[:, None] * k + j[None, :]
-    weight = tl.load(weights + at, mask=mask, other=0.0)
-    gradient = tl.load(gradients + at, mask=mask, other=0.0)
+    of_row = g.to(tl.int64)[:, None] * k + j[None, :]
+    of_col = of_row + bags.to(tl.int64) * k
+    weight = tl.load(weights + of_row, mask=mask, other=0.0)
+    gradient = tl.load(gradients + of_row, mask=mask, other=0.0)
     mean = tl.sum(weight * gradient, 1)
-    tl.store(out + at, tau * weight * (gradient - mean[:, None]), mask=mask)
+    dz = tau * weight * (gradient - mean[:, None])
+    tl.store(out + of_row, dz, mask=mask)
+    tl.store(out + of_col, dz, mask=mask)
 
-    slot = tl.load(slots + at, mask=mask, other=0)
+    slot = tl.load(slots + of_row, mask=mask, other=0)
     row = (slot // sub_keys).to(tl.int32)
+    col = (slot - row.to(tl.int64) * sub_keys).to(tl.int32)
     first = (g % heads * sub_keys)[:, None]
-    tl.store(rows + at, first + row, mask=mask)
-    tl.store(columns + at, first + (slot - row.to(tl.int64) * sub_keys).to(tl.int32), mask=mask)
+    tl.store(keys + of_row, first + row, mask=mask)
+    tl.store(keys + of_col, (first + heads * sub_keys) + col, mask=mask)
 
 
 def _checked(

@@ -329,7 +329,8 @@ def assert_gradients(given: Operands, slots_MHK: Tensor, tau: float) -> None:
 
 
 def assert_close_gradients(gradients: Sequence[Tensor], expected: Sequence[Tensor], given: Operands) -> None:
-    tolerance = {FP32: 1e-5, BF16: 2**-8, FP16: 2**-10}[given[0].dtype]
+    # a rounded result is off by half of the last bit, or by all of it in the interpreter, which cuts bfloat16 off
+    tolerance = {FP32: 1e-5, BF16: 2**-7, FP16: 2**-10}[given[0].dtype]
     for gradient, true, operand in zip(gradients, expected, given, strict=True):
         assert (gradient.dtype, gradient.shape) == (operand.dtype, operand.shape)
         scale = true.abs().max().item()
