@@ -67,9 +67,14 @@ class Segments:
         )
 
 
-def tile_shape(width: int) -> TileShape:
-    """Few numbers of a tile to a warp, so that many tiles run at once, and few warps, since what crosses them waits."""
+def tile_shape(width: int, hits_of_a_row: float) -> TileShape:
+    """Few numbers of a tile to a warp, so that many tiles run at once, and few warps, since what crosses them waits.
+
+    Where rows have many hits each, chunks are summed beforehand and few segments begin in a tile: large tiles then.
+    """
     padded = triton.next_power_of_2(width)
+    if hits_of_a_row >= 2 * CHUNK.value and padded <= 128:
+        return TileShape(CHUNK.value, 1)
     return TileShape(min(1024 // padded, 8) if padded <= 256 else 1, min(max(padded // 512, 1), 4))
 
 
@@ -98,7 +103,7 @@ def segments_of(
     chunks, groups = hits // CHUNK.value, hits // GROUP.value
     partial_PD = torch.empty(chunks + groups, width, dtype=torch.float32, device=keys_H.device)
     segments = Segments(
-        keys_H, order_H, bag_H, bags.weights_H, source_GD, partial_PD, bags.size, shape or tile_shape(width)
+        keys_H, order_H, bag_H, bags.weights_H, source_GD, partial_PD, bags.size, shape or tile_shape(width, hits / rows)
     )
     if chunks:
         each = 8 if width <= 128 else 1

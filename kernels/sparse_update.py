@@ -259,4 +259,4 @@ def update_rows_kernel(
         tl.store(first_ptr + to_SD, first_SD.to(first_ptr.dtype.element_ty), mask=keep_SD)
     if ROUND:
         value_SD = round_at_random(value_SD, values_ptr.dtype.element_ty, seed, row_S, col_D)
-    tl.store(values_ptr + to_SD, value_SD.to(values_ptr.dtype.element_ty), mask=keep_SD)
+    tl.store(values_ptr + to_SD, value_SD.to(values_ptr.dtype.element_ty), mask=keep_SD, cache_modifier=".cs")

@@ -50,7 +50,7 @@ class RowPooled(RowSharded):
     def input_dist(self, ctx: PooledContext, slots_ML: Tensor, weights_ML: Tensor) -> Awaitable[Awaitable[Hits]]:
         buckets, row_H = self.bucketed(slots_ML)
         ctx.bags, ctx.hits = slots_ML.shape
-        weights_H = weights_ML.flatten()[buckets.order_H]
+        weights_H = weights_ML.flatten().gather(0, buckets.order_H)  # whose gradient needs no sort, as that of [] does
         sent_W2 = torch.stack([buckets.hits_W, self._sums_W(buckets)], dim=1)
         received = self.exchange.swap_counts(sent_W2)
 
@@ -81,11 +81,7 @@ class RowPooled(RowSharded):
         return row_H, self.exchange.start("forward", "lengths", lengths_X, ctx.due_W, ctx.owed_W)
 
     def _bags(self, ctx: PooledContext, rows_H: Tensor, weights_H: Tensor, lengths: Flight | None) -> Hits:
-        return Hits(rows_H, weights_H, offsets_of(lengths.wait()), self._size(ctx))
-
-    def _size(self, ctx: PooledContext) -> int | None:
-        """Hits of every bag, if no other rank has a part of them."""
-        return ctx.hits if self.exchange.world == 1 else None
+        return Hits(rows_H, weights_H, offsets_of(lengths.wait()))
 
     def output_dist(self, ctx: PooledContext, output: Tensor) -> LazyAwaitable[Tensor]:
         trip = Trip(self.exchange, "pooled", ctx.owed_W, ctx.due_W, self.values_wire, self.gradient_wire)
@@ -113,7 +109,7 @@ class RowPooledSparse(RowPooled):
     def _bags(self, ctx: PooledContext, rows_H: Tensor, weights_H: Tensor, lengths: None) -> Hits:
         first_P = torch.nonzero_static(rows_H < 0, size=sum(ctx.owed_W)).flatten()
         offsets_G1 = torch.nn.functional.pad(first_P, (0, 1), value=len(rows_H))
-        return Hits(torch.where(rows_H < 0, ~rows_H, rows_H), weights_H, offsets_G1, self._size(ctx))
+        return Hits(torch.where(rows_H < 0, ~rows_H, rows_H), weights_H, offsets_G1)
 
     def _sum(self, ctx: PooledContext, partial_PD: Tensor) -> Tensor:
         return partial_PD.new_zeros(ctx.bags, self.dim).index_add(0, ctx.bag_P, partial_PD)

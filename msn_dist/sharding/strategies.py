@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from msn_dist.memory.values import MemoryValues
 from msn_dist.sharding.column import Column
+from msn_dist.sharding.local import Local
 from msn_dist.sharding.lookup import ValueOptimizer
 from msn_dist.sharding.replicated import Replicated
 from msn_dist.sharding.row_gather import RowGather, RowGatherUnique
@@ -33,6 +34,8 @@ def shard_values(
     ranks_per_node: int,
 ) -> ShardedMemoryValues:
     """`table` over the ranks of `group`, as `table.sharding` says; a collective call."""
+    if group.size() == 1:
+        return Local(table, group, optimizer, device)
     strategy = STRATEGIES[table.sharding.strategy]
     if strategy is TwoLevel:
         return TwoLevel(table, group, optimizer, device, ranks_per_node)

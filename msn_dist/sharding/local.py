@@ -1,0 +1,24 @@
+"""One rank holds the table and all hits are its own: every strategy at W = 1.
+
+Shape suffixes: M bags, L hits a bag.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, float32
+from torchrec.distributed.types import Awaitable, LazyAwaitable, LazyNoWait, NoWait
+
+from msn_dist.sharding.hits import Hits
+from msn_dist.sharding.row_sharded import RowSharded
+from msn_dist.sharding.sharded_values import ExchangeContext
+
+
+class Local(RowSharded):
+    """No owners to sort by, no messages, and no counts that the host must wait for."""
+
+    def input_dist(self, ctx: ExchangeContext, slots_ML: Tensor, weights_ML: Tensor) -> Awaitable[Awaitable[Hits]]:
+        row_H = self.placement.row_of(slots_ML).flatten().to(self.row_dtype)
+        return NoWait(NoWait(Hits.uniform(row_H, weights_ML.flatten().to(float32), size=slots_ML.shape[1])))
+
+    def output_dist(self, ctx: ExchangeContext, output: Tensor) -> LazyAwaitable[Tensor]:
+        return LazyNoWait(output)
