@@ -1,7 +1,7 @@
 """python -m benchmarks.step: one whole training step of the paper-sized model, with and without its memory.
 
 Batch 2,048, 16 tokens of width 1,024, 4 layers (hidden width 2,048), bf16 autocast, on one GPU; the MSN blocks have
-memory on 2 layers, 256^2 slots of width 1,024 each, of which a token reads 32.  benchmarks.step_models says what a step
+memory on 2 layers, 256^2 slots of width 1,024 (or 128) each, of which a token reads 32.  benchmarks.step_models says what a step
 is and what is compiled, benchmarks.step_profile how it is measured.
 
 Before anything is timed, the output of MSN-FFN is compared with that of the same model on the reference back ends; if
@@ -25,7 +25,6 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +55,8 @@ def variants(quick: bool = False) -> list[Variant]:
     """In the order in which they are measured; FFN, to which the others are compared, comes first."""
     if quick:
         return [Variant("ffn"), Variant("msn_ffn", "fp32")]
-    with_memory = product(("msn_ffn", "msn_smoe"), ("fp32", "bf16"))
-    return [Variant("ffn"), Variant("gated_ffn"), Variant("smoe"), *(Variant(*names) for names in with_memory)]
+    msn = [("msn_ffn", "fp32"), ("msn_ffn", "bf16"), ("msn_ffn", "bf16", 128), ("msn_smoe", "bf16")]
+    return [Variant("ffn"), Variant("gated_ffn"), Variant("smoe"), *(Variant(*names) for names in msn)]
 
 
 def main() -> int:
@@ -138,6 +137,7 @@ def measure(size: Size, variant: Variant, mode: str, trainee: Trainee, flops: fl
     return {
         "block": variant.block,
         "values": variant.values,
+        "value_dim": variant.value_dim or (size.width if variant.values else ""),
         "mode": mode,
         **vars(size),
         "dense_parameters": sum(parameter.numel() for parameter in trainee.dense.values()),
@@ -160,7 +160,7 @@ def table(mode: str, rows: Sequence[Row]) -> Table:
     rows = [row for row in rows if row["mode"] == mode]
     printed = Table("", title=f"a training step, {mode}, on {device()}")
     for row in rows:
-        printed.add_column(f"{row['block']}\n{row['values']}", justify="right")
+        printed.add_column(f"{row['block']}\n{row['values']} {row['value_dim']}".rstrip(), justify="right")
 
     def line(name: str, text: str, key: str) -> None:
         printed.add_row(name, *(format(row[key], text) if row[key] != "" else "" for row in rows))

@@ -59,9 +59,10 @@ class Size:
 class Variant(NamedTuple):
     block: str  # as in RankMixerConfig
     values: str = ""  # dtype of the memory's values, "" without a memory
+    value_dim: int | None = None  # None: as wide as a token
 
     def __str__(self) -> str:
-        return f"{self.block} {self.values}".strip()
+        return " ".join(str(part) for part in self if part)
 
 
 class OneTask(nn.Module):
@@ -82,6 +83,7 @@ class OneTask(nn.Module):
                 sub_keys=size.sub_keys,
                 top_k=size.top_k,
                 value_dtype=variant.values,
+                value_dim=variant.value_dim,
                 value_init_std=1.0,  # as large as a token, so that the output shows what was read
                 **back_ends,
             )
