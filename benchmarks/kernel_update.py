@@ -86,7 +86,7 @@ def _compare(bench: Bench, values_RD: Tensor, inputs: Inputs, slots: str, dtype:
     n, dim = values_RD.shape
     where = {"dtype": dtype, "slots": slots, "n": n, "bags": bags, "hits": hits, "dim": dim}
     case = Case("sparse update", "forward+backward+adagrad", where, _bytes(values_RD, inputs.sets[0]))
-    providers = {OURS: ours}
+    providers = {OURS: ours, f"{OURS}, int32": partial(ours, rows_dtype=torch.int32)}
     if peers:
         providers["TBE"] = partial(tbe, dtype=DTYPES[dtype])
     for name, provider in providers.items():
@@ -105,14 +105,16 @@ def _bytes(values_RD: Tensor, hits: Hits) -> float:
     return bags * per_bag * (row + 2 * 12 + 4) + distinct * 2 * (row + 4) + bags * dim * 8
 
 
-def ours(values_RD: Tensor, inputs: Inputs) -> Step:
+def ours(values_RD: Tensor, inputs: Inputs, rows_dtype: torch.dtype = torch.int64) -> Step:
     from msn_dist.kernels.sparse_gather import sparse_gather
     from msn_dist.kernels.sparse_update import RowState, RowwiseAdagrad, sparse_update
 
     state, rule = RowState(torch.zeros(len(values_RD), device=values_RD.device)), RowwiseAdagrad(LR, EPS)
 
+    bags = [(hits.rows_GL.to(rows_dtype), hits.weights_GL) for hits in inputs.sets]
+
     def call(i: int) -> Tensor:
-        rows_GL, weights_GL = inputs.sets[i].rows_GL, inputs.sets[i].weights_GL
+        rows_GL, weights_GL = bags[i]
         sparse_gather(values_RD, rows_GL, weights_GL)
         return sparse_update(values_RD, state, rows_GL, weights_GL, None, inputs.gradient_GD, rule)
 

@@ -1,8 +1,8 @@
 """python -m benchmarks.step: one whole training step of the paper-sized model, with and without its memory.
 
 Batch 2,048, 16 tokens of width 1,024, 4 layers (hidden width 2,048), bf16 autocast, on one GPU; the MSN blocks have
-memory on 2 layers, 256^2 slots of width 1,024 (or 128) each, of which a token reads 32.  benchmarks.step_models says what a step
-is and what is compiled, benchmarks.step_profile how it is measured.
+memory on 2 layers, 256^2 slots of width 1,024 (or 128) each, of which a token reads 32.  benchmarks.step_models says
+what a step is and what is compiled, benchmarks.step_profile how it is measured.
 
 Before anything is timed, the output of MSN-FFN is compared with that of the same model on the reference back ends; if
 it differs, that is all, and the exit code is 1.  Then every variant, eager and compiled:
