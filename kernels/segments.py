@@ -102,9 +102,8 @@ def segments_of(
         bag_H = torch.repeat_interleave(each_G, bags.offsets_G1.diff(), output_size=hits)
     chunks, groups = hits // CHUNK.value, hits // GROUP.value
     partial_PD = torch.empty(chunks + groups, width, dtype=torch.float32, device=keys_H.device)
-    segments = Segments(
-        keys_H, order_H, bag_H, bags.weights_H, source_GD, partial_PD, bags.size, shape or tile_shape(width, hits / rows)
-    )
+    shape = shape or tile_shape(width, hits / rows)
+    segments = Segments(keys_H, order_H, bag_H, bags.weights_H, source_GD, partial_PD, bags.size, shape)
     if chunks:
         each = 8 if width <= 128 else 1
         grid = (triton.cdiv(chunks, each),)
