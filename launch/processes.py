@@ -72,7 +72,7 @@ def launch(command: list[str], nproc: int) -> int:
         try:
             elastic_launch(config, sys.executable)("-u", *command)
         except ChildFailedError as error:
-            return _common_exit_code(error.failures)
+            return common_exit_code(error.failures)
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -82,7 +82,7 @@ def launch(command: list[str], nproc: int) -> int:
     return 0
 
 
-def _common_exit_code(failures: dict[int, ProcessFailure]) -> int:
+def common_exit_code(failures: dict[int, ProcessFailure]) -> int:
     """Explain the processes that a signal ended, as they could not; return 2 before 1, and 1 before PEER_LOST."""
     first = min(failure.timestamp for failure in failures.values())
     causes = set()

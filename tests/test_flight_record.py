@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 
 from msn_dist.errors import PeerLost
 from msn_dist.launch.cli import main
-from msn_dist.launch.processes import PEER_LOST, _common_exit_code
+from msn_dist.launch.processes import PEER_LOST, common_exit_code
 from msn_dist.sharding import flight_record
 from msn_dist.sharding.flight_record import FlightRecord
 
@@ -225,7 +225,7 @@ def test_a_rank_that_is_killed_is_named_by_the_others_although_the_agent_ends_th
 )
 def test_one_exit_code_for_a_launch(ends: dict[int, tuple[int, int]], code: int) -> None:
     failures = {rank: SimpleNamespace(exitcode=end, timestamp=time) for rank, (end, time) in ends.items()}
-    assert _common_exit_code(failures) == code
+    assert common_exit_code(failures) == code
 
 
 NO_STORE = "unknown, as the rendezvous store does not answer; rank 0 holds it and is most likely gone itself"
