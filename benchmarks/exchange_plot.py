@@ -1,7 +1,7 @@
 """python -m benchmarks.exchange_plot: results/exchange.svg from results/exchange.csv, which benchmarks.exchange writes.
 
 Above, time of a step over W for every skew; below, bytes that a rank sends with uniform slots: as expected
-(benchmarks.exchange_model) up to W = 4,096, and as counted.  L = 32, D = 64, fp32.
+(msn_dist.planner.load) up to W = 4,096, and as counted.  L = 32, D = 64, fp32.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from benchmarks.exchange_model import WORLDS, Load, expected_bytes
+from benchmarks.exchange_model import WORLDS
 from benchmarks.exchange_slots import SLOTS
 from benchmarks.results import FOLDER
+from msn_dist.planner.layout import Layout
+from msn_dist.planner.load import Load
+from msn_dist.planner.simulate import simulate
 
 HITS, DIM = 32, 64
 # colours that the colour-blind can tell apart, and markers for everybody else
@@ -72,7 +75,7 @@ def _bytes(axis: Axes, rows: Sequence[Row]) -> None:
     load = Load.uniform(SLOTS["uniform"], int(rows[0]["bags"]), HITS)
     for strategy, (colour, marker, line) in LOOKS.items():
         worlds = [world for world in WORLDS if strategy != "column" or world <= DIM]  # a column a rank at least
-        expected = [expected_bytes(strategy, world, load, DIM) for world in worlds]
+        expected = [simulate(Layout(world, 1, strategy), load, DIM).bytes_sent for world in worlds]
         axis.plot(worlds, expected, line, color=colour, linewidth=1.4)
         counted: dict[int, float] = {}
         for r in (r for r in rows if r["strategy"] == strategy):

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.owner_load import zipf
 from msn_dist.config import load_config
 from msn_dist.data import kuairand
 from msn_dist.data.schema import load_schema
 from msn_dist.models.loss import task_losses
+from msn_dist.planner.load import zipf
 from msn_dist.training.evaluation import open_split
 from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import joined_ranks

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.exchange_counts import CAPACITY, STEPS, Fullness, padding_bytes
-from benchmarks.exchange_model import COMPARED, WORLDS, Load, clear_crossing, crossing, expected_bytes
+from benchmarks.exchange_model import COMPARED, WORLDS, clear_crossing, crossing
 from benchmarks.exchange_slots import SLOTS
+from msn_dist.planner.layout import Layout
+from msn_dist.planner.load import CountedLoad, Load
+from msn_dist.planner.simulate import simulate
 
 KINDS = ("headers", "forward", "backward")
 CORES = len(os.sched_getaffinity(0))
@@ -57,10 +60,11 @@ def crossovers(rows: Sequence[Row], slots: Slots) -> list[Row]:
         }
         measured_at = sorted({world for _, world in times})
         for (strategy, wire, world), counted in _bytes(rows, shape).items():
-            errors.append(abs(expected_bytes(strategy, world, load, dim, wire) / counted - 1))
+            sent = simulate(Layout(world, 1, strategy, wire), load, dim).bytes_sent
+            errors.append(abs(sent / counted - 1))
         here = partial(row, "crossover", **dict(zip(_SHAPE, shape, strict=True)), wire="fp32")
         for pair in COMPARED:
-            sent = [[expected_bytes(name, world, load, dim) for world in WORLDS] for name in pair]
+            sent = [[simulate(Layout(world, 1, name), load, dim).bytes_sent for world in WORLDS] for name in pair]
             real = [[times[name, world] for world in measured_at] for name in pair]
             at = {"by bytes": crossing(WORLDS, *sent), "by time": clear_crossing(measured_at, *real)}
             found += [here(metric, "ranks", [world], strategy=" > ".join(pair)) for metric, world in at.items()]
@@ -71,7 +75,7 @@ def load_of(skew: str, slots_ML: Tensor, bags: int) -> Load:
     """What is to be expected where a formula says it, else what is in the slots."""
     if skew == "uniform":
         return Load.uniform(SLOTS[skew], bags, slots_ML.shape[1])
-    return Load.counted(SLOTS[skew], slots_ML, bags)
+    return CountedLoad.of(SLOTS[skew], slots_ML, bags)
 
 
 def padding(worlds: Sequence[int], slots: Slots, hits: int, dim: int, hits_of_rank: int) -> list[Row]:

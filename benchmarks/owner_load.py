@@ -38,6 +38,7 @@ from torch import Tensor
 from benchmarks.results import write_rows
 from msn_dist.kernels import reference
 from msn_dist.memory.placement import Placement
+from msn_dist.planner.load import zipf
 from msn_dist.sharding.row_sharded import shard_of
 
 WORLD, SUB_KEYS, TOP_K, EXPONENT, TARGET = 8, 1024, 32, 1.2, 1.15
@@ -59,12 +60,6 @@ def main() -> None:
         path = write_rows("owner_load.csv", rows)
     print(_table(rows))
     print(f"written to {path}")
-
-
-def zipf(count: int, exponent: float) -> Tensor:
-    """Shares of `count` things in the order of popularity, float64."""
-    shares = torch.arange(1, count + 1, dtype=torch.float64) ** -exponent
-    return shares / shares.sum()
 
 
 def use_of_slots() -> dict[str, Tensor]:
