@@ -21,12 +21,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from msn_dist.errors import InputError
 from msn_dist.training.console import Console
 from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import Ranks
+from msn_dist.training.units import binary
 
 _SHOWN = 3  # of the tensors that do not fit
 
@@ -44,11 +46,29 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo")
         self._writing: Future | None = None
 
-    def save(self, model: DistributedModelParallel, optimizers: Optimizers) -> None:
-        """Copy the state of model and optimizers to the host, and write the copy in the background."""
+    def save(self, model: DistributedModelParallel, optimizers: Optimizers) -> str | None:
+        """Copy the state of model and optimizers to the host, and write the copy in the background.
+
+        Nothing is written, and the answer says why, where the storage has not the room.
+        """
         self.wait()
+        state = _state(model, optimizers)
+        if problem := self._why_no_room(state):
+            return problem
         writer = _Replacing(self.path, self._ranks)
-        self._writing = dcp.async_save(_state(model, optimizers), storage_writer=writer, process_group=self._group)
+        self._writing = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+        return None
+
+    def _why_no_room(self, state: dict[str, Any]) -> str | None:
+        """The new state lies beside the old one until it is complete."""
+        sizes = torch.tensor([_local_bytes(state), -shutil.disk_usage(self.path.parent).free])
+        largest = sizes.clone()
+        dist.all_reduce(sizes, group=self._ranks.control)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._ranks.control)  # all see one storage, or the fullest
+        needed, free = int(sizes[0]), -int(largest[1])
+        if needed <= free:
+            return None
+        return f"it takes {binary(needed)}, and {self.path.parent} has {binary(free)} free"
 
     def wait(self) -> None:
         """Return when the state that was saved last is at `path`; InputError if it could not be written."""
@@ -139,6 +159,19 @@ def _conversions(state: Mapping[str, Tensor], stored: Mapping[str, TensorStorage
         for name, tensor in state.items()
         if dtypes[name] != tensor.dtype
     ]
+
+
+def _local_bytes(tree: Any) -> int:
+    """Of this rank's parts of tables, and of dense tensors on the rank that writes them."""
+    if isinstance(tree, dict):
+        return sum(map(_local_bytes, tree.values()))
+    if isinstance(tree, DTensor):
+        local = tree.to_local()
+        parts = local.local_shards() if hasattr(local, "local_shards") else [local]
+        return sum(part.numel() * part.element_size() for part in parts)
+    if isinstance(tree, Tensor):
+        return tree.numel() * tree.element_size() if dist.get_rank() == 0 else 0
+    return 0
 
 
 def _state(model: DistributedModelParallel, optimizers: Optimizers) -> dict[str, Any]:
