@@ -1,0 +1,260 @@
+"""Measures this machine: the profile that `msn calibrate` writes.
+
+All ranks measure at the same time, so that what they share (cores, memory, links) is shared as in a training step.
+
+Shape suffixes: M bags, L hits a bag, R rows, D value width, N sub-keys of an axis, H heads, E key width.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msn_dist.memory.product_keys import choose_retrieval
+from msn_dist.planner.machine import Collective, Curve, Latency, Machine
+from msn_dist.planner.stopclock import Stopclock
+from msn_dist.sharding.buckets import bucket_rows, bucket_rows_by_kernel
+from msn_dist.sharding.hits import Hits
+from msn_dist.sharding.lookup import ValueOptimizer, choose_lookup, make_lookup
+
+_HITS = 32  # of a bag
+_TABLE_BYTES = {"cuda": 2**31, "cpu": 2**26}  # more than a cache holds
+_BAGS = {"cuda": 32_768, "cpu": 4096}
+Say = Callable[[str], None]
+
+
+def calibrate(
+    device: torch.device,
+    group: dist.ProcessGroup,
+    control: dist.ProcessGroup,
+    versions: dict[str, str | None],
+    say: Say = lambda line: None,
+) -> Machine:
+    """The profile of one rank of `group`; a collective call.  `say` is told what is measured next."""
+    clock = Stopclock(device, control)
+    gpu = device.type == "cuda"
+
+    def curve(name: str, measure: Callable[[int], float], sizes: Sequence[int]) -> Curve:
+        say(name)
+        return Curve(points=[[float(size), measure(size)] for size in sizes], source="measured")
+
+    say("operators")
+    tiny = torch.zeros(16, device=device)
+    operator = clock.seconds(lambda: tiny + 1)
+    dispatch = clock.host_seconds(lambda: tiny + 1, 2000) if gpu else 0.0
+    large = 2**30 if gpu else 2**27
+    figures = {
+        "copy_rate": curve(
+            "element-wise operators",
+            lambda size: size / clock.seconds(_added(device, size)),
+            [2**power for power in (14, 17, 20, 23, 26)] + [large],
+        ),
+        "function_rate": curve(
+            "functions", lambda size: size / clock.seconds(_function(device, size)), [2**12, 2**16, 2**20, 2**24]
+        ),
+        "matrix_fp32": curve("matrix products in fp32", _product_rate(clock, torch.float32), _product_sizes(gpu)),
+        "matrix_bf16": curve("matrix products in bf16", _product_rate(clock, torch.bfloat16), _product_sizes(gpu)),
+        "top_k": curve("top-k", lambda size: _top_k_rate(clock, size), [64, 256, 1024, 4096]),
+        "sort": curve(
+            "distinct numbers", lambda size: size / clock.seconds(_distinct(device, size)), [2**12, 2**16, 2**20]
+        ),
+        "bucketing": curve("hits by owner", lambda ranks: _bucketing_rate(clock, ranks), [2, 8, 64]),
+        "host_link": curve(
+            "copies from the host", lambda size: size / clock.seconds(_from_host(device, size)), [2**16, 2**20, 2**25]
+        ),
+    }
+    if gpu and choose_retrieval("auto", "cuda", _HITS, 1024, 64) == "triton":
+        sizes = [256, 1024, 4096, 16_384]
+        figures["retrieve"] = curve("retrieval", lambda size: _retrieval_rate(clock, size, False), sizes)
+        figures["retrieve_backward"] = curve(
+            "retrieval, backward", lambda size: _retrieval_rate(clock, size, True), sizes
+        )
+    say("rows")
+    widths = [16, 64, 256, 1024]
+    reads, updates = zip(*(_row_rates(clock, width) for width in widths), strict=True)
+    for name, rates in (("row_read", reads), ("row_update", updates)):
+        points = [[4.0 * width, rate] for width, rate in zip(widths, rates, strict=True)]
+        figures[name] = Curve(points=points, source="measured")
+    for name, call in (("all_to_all", _all_to_all), ("all_reduce", _all_reduce)):
+        say(name.replace("_", "-"))
+        figures[name] = _collective(clock, group, device, call)
+    return Machine(
+        name=device_name(device),
+        kind=device.type,
+        ranks=group.size(),
+        date=datetime.date.today().isoformat(),
+        versions=versions,
+        operator=Latency(seconds=operator, source="measured"),
+        dispatch=Latency(seconds=dispatch, source="measured"),
+        id_step=Latency(seconds=_id_step(clock, group), source="measured"),
+        **figures,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """As people call it: that of the GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0]} ({len(names)} cores)" if names else platform.machine()
+
+
+def _added(device: torch.device, size: int) -> Callable[[], Tensor]:
+    one, other = (torch.ones(max(1, size // 12), device=device) for _ in range(2))
+    return lambda: one + other
+
+
+def _function(device: torch.device, size: int) -> Callable[[], Tensor]:
+    numbers = torch.randn(size, device=device)
+    return lambda: torch.nn.functional.gelu(numbers)
+
+
+def _product_sizes(gpu: bool) -> list[int]:
+    """Operations of square products."""
+    return [2 * n**3 for n in ((64, 256, 1024, 4096, 8192) if gpu else (16, 64, 256, 1024))]
+
+
+def _product_rate(clock: Stopclock, dtype: torch.dtype) -> Callable[[int], float]:
+    def rate(operations: int) -> float:
+        n = round((operations / 2) ** (1 / 3))
+        one, other = (torch.randn(n, n, device=clock.device).to(dtype) for _ in range(2))
+        return operations / clock.seconds(lambda: one @ other)
+
+    return rate
+
+
+def _top_k_rate(clock: Stopclock, length: int) -> float:
+    rows = (2**25 if clock.device.type == "cuda" else 2**20) // length
+    scores = torch.randn(rows, length, device=clock.device)
+    return scores.numel() / clock.seconds(lambda: scores.topk(_HITS, dim=1))
+
+
+def _distinct(device: torch.device, size: int) -> Callable[[], object]:
+    numbers = torch.randint(2**30, (size,), device=device)
+    return lambda: torch.unique(numbers, return_inverse=True)
+
+
+def _bucketing_rate(clock: Stopclock, ranks: int) -> float:
+    bags = _BAGS[clock.device.type]
+    row_ML = torch.randint(2**20, (bags, _HITS), device=clock.device)
+    by = bucket_rows_by_kernel if _lookup(clock.device) == "triton" else bucket_rows
+    return row_ML.numel() / clock.seconds(lambda: by(row_ML, 2**20 // ranks, ranks))
+
+
+def _from_host(device: torch.device, size: int) -> Callable[[], object]:
+    source = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.empty_like(source, device=device)
+    return lambda: target.copy_(source, non_blocking=True)
+
+
+def _retrieval_rate(clock: Stopclock, sub_keys: int, backward: bool) -> float:
+    from msn_dist.kernels import retrieval
+
+    queries, key_dim = 16_384, 64
+    shapes = [(queries, 1, key_dim)] * 2 + [(1, sub_keys, key_dim)] * 2
+    operands = [torch.randn(shape, device=clock.device, dtype=torch.bfloat16) for shape in shapes]
+    tau = key_dim**-0.5
+    if not backward:
+        return queries / clock.seconds(lambda: retrieval.retrieve(*operands, _HITS, tau))
+    slots, weights = retrieval.retrieve(*operands, _HITS, tau)
+    gradient = torch.randn_like(weights)
+    return queries / clock.seconds(lambda: retrieval.retrieve_backward(*operands, slots, weights, gradient, tau))
+
+
+def _row_rates(clock: Stopclock, width: int) -> tuple[float, float]:
+    """Hits a second of (reads, updates)."""
+    device = clock.device
+    rows, bags = _TABLE_BYTES[device.type] // (4 * width), _BAGS[device.type]
+    lookup = make_lookup("auto", rows, width, ValueOptimizer(), device)
+    lookup.weight_RD.zero_()
+    row_H = torch.randint(rows, (bags * _HITS,), device=device).to(torch.int32)
+    hits = Hits.uniform(row_H, torch.rand(len(row_H), device=device), size=_HITS)
+    gradient_GD = torch.randn(bags, width, device=device)
+    read = clock.seconds(lambda: lookup.read(hits))
+
+    def step() -> None:
+        lookup.read(hits, update_follows=True)
+        lookup.update(hits, gradient_GD)
+
+    return len(row_H) / read, len(row_H) / max(clock.seconds(step) - read, 0.1 * read)
+
+
+def _lookup(device: torch.device) -> str:
+    return choose_lookup("auto", device, 64)
+
+
+def _id_step(clock: Stopclock, group: dist.ProcessGroup) -> float:
+    """Forward and backward of TorchRec's sharded tables for hardly any ids."""
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+    from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+    from torchrec.distributed.types import ShardingEnv
+    from torchrec.modules.embedding_configs import EmbeddingBagConfig
+    from torchrec.modules.embedding_modules import EmbeddingBagCollection
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+    world = group.size()
+    table = EmbeddingBagConfig(name="table", embedding_dim=16, num_embeddings=64 * world, feature_names=["id"])
+    module = EmbeddingBagCollection([table], device=torch.device("meta"))
+    sharder = EmbeddingBagCollectionSharder(fused_params={"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD})
+    plan = construct_module_sharding_plan(
+        module, {"table": row_wise(compute_kernel="fused")}, sharder, world, world, clock.device.type
+    )
+    env = ShardingEnv(world, group.rank(), group, output_dtensor=True)
+    sharded = sharder.shard(module, plan, env, clock.device)
+    ids = torch.arange(8, device=clock.device)
+    batch = KeyedJaggedTensor(keys=["id"], values=ids, lengths=torch.ones_like(ids))
+
+    def step() -> None:
+        sharded(batch).values().sum().backward()
+
+    return clock.collective(step, 20)
+
+
+def _all_to_all(group: dist.ProcessGroup, device: torch.device, size: int) -> Callable[[], object]:
+    """Each rank sends `size` bytes to the others, all together."""
+    each = max(1, size // 4 // max(1, group.size() - 1))
+    sent = torch.zeros(group.size(), each, device=device)
+    received = torch.empty_like(sent)
+    return lambda: dist.all_to_all_single(received, sent, group=group)
+
+
+def _all_reduce(group: dist.ProcessGroup, device: torch.device, size: int) -> Callable[[], object]:
+    """A ring sends 2 (W - 1) / W times the tensor from each rank."""
+    world = group.size()
+    tensor = torch.zeros(max(1, int(size / 4 / max(1, 2 * (world - 1) / world))), device=device)
+    return lambda: dist.all_reduce(tensor, group=group)
+
+
+def _collective(
+    clock: Stopclock,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    make: Callable[[dist.ProcessGroup, torch.device, int], Callable[[], object]],
+) -> Collective:
+    if group.size() == 1:
+        return Collective(latency=0.0, bandwidth=1e12, source="measured", note="one rank sends nothing")
+    points = []
+    for power in (10, 14, 17, 20, 22, 24):
+        seconds = clock.collective(make(group, device, 2**power), calls=10)
+        points.append([float(2**power), seconds])
+    latency, per_byte = _line(points)
+    return Collective(latency=latency, bandwidth=1 / per_byte, source="measured", points=points)
+
+
+def _line(points: list[list[float]]) -> tuple[float, float]:
+    """(latency, seconds a byte) with the least squares of relative errors; neither is below that of a point alone."""
+    sizes, seconds = (torch.tensor(column, dtype=torch.float64) for column in zip(*points, strict=True))
+    equations = torch.stack([1 / seconds, sizes / seconds], 1)
+    latency, per_byte = torch.linalg.lstsq(equations, torch.ones_like(seconds)[:, None]).solution.flatten()
+    floor = float((seconds / sizes).min())
+    return max(float(latency), 0.1 * float(seconds.min())), max(float(per_byte), 0.5 * floor)

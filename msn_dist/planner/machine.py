@@ -1,0 +1,108 @@
+"""What one rank's device can do: the rates that a step's time is made of.
+
+Profiles come from `msn calibrate`, or are built in (msn_dist/planner/machines), where every line says whether it was
+measured or taken from a data sheet.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, PositiveInt
+
+from msn_dist.config import Part, parse, read_yaml
+from msn_dist.errors import InputError
+
+
+def _ascending(points: list[list[float]]) -> list[list[float]]:
+    if not points or any(len(point) != 2 or min(point) <= 0 for point in points):
+        raise ValueError("points are pairs of positive numbers, one at least")
+    if any(first[0] >= second[0] for first, second in zip(points, points[1:], strict=False)):
+        raise ValueError("points must ascend in their first number")
+    return points
+
+
+class Curve(Part):
+    """A rate over a size: straight between its points on logarithmic axes, constant beyond them."""
+
+    points: Annotated[list[list[float]], AfterValidator(_ascending)] = Field(description="[size, rate], ascending")
+    source: Literal["measured", "datasheet", "estimated"]
+    note: str = ""
+
+    def at(self, size: float) -> float:
+        """The rate, in units a second, of an operation of this size."""
+        sizes = [x for x, _ in self.points]
+        place = bisect.bisect(sizes, size)
+        if place in (0, len(sizes)):
+            return self.points[min(place, len(sizes) - 1)][1]
+        (x0, y0), (x1, y1) = self.points[place - 1 : place + 1]
+        share = math.log(size / x0) / math.log(x1 / x0)
+        return y0 * (y1 / y0) ** share
+
+
+class Latency(Part):
+    """Seconds that something takes however small it is."""
+
+    seconds: Annotated[float, Field(ge=0.0)]
+    source: Literal["measured", "datasheet", "estimated"]
+    note: str = ""
+
+
+class Collective(Part):
+    """Seconds of one collective: latency + bytes that a rank sends / bandwidth."""
+
+    latency: Annotated[float, Field(ge=0.0, description="seconds")]
+    bandwidth: Annotated[float, Field(gt=0.0, description="bytes a second that a rank sends")]
+    source: Literal["measured", "datasheet", "estimated"]
+    points: list[list[float]] = Field([], description="[bytes that a rank sends, seconds], as measured")
+    note: str = ""
+
+
+class Machine(Part):
+    """One rank's device while `ranks` of them work at once; sizes and rates in bytes, numbers and seconds."""
+
+    name: str = Field(description="of the device")
+    kind: Literal["cuda", "cpu"]
+    ranks: PositiveInt = Field(description="that worked on one machine at once when it was measured")
+    date: str
+    versions: dict[str, str | None]
+    copy_rate: Curve = Field(description="bytes of an element-wise operator, read and written -> bytes/s")
+    function_rate: Curve = Field(description="elements of a GELU, tanh or LayerNorm -> elements/s")
+    matrix_fp32: Curve = Field(description="operations of one matrix product -> operations/s")
+    matrix_bf16: Curve = Field(description="the same with operands of 16 bits")
+    top_k: Curve = Field(description="row length, torch.topk of 32 -> numbers looked at a second")
+    sort: Curve = Field(description="numbers -> numbers sorted a second")
+    retrieve: Curve | None = Field(None, description="fused kernel: sub-keys of an axis -> queries/s, k = 32, d_k = 64")
+    retrieve_backward: Curve | None = Field(None, description="the same of its backward")
+    row_read: Curve = Field(description="bytes of a row -> hits/s of weighted sums of random rows, of 32 hits each")
+    row_update: Curve = Field(description="bytes of a row -> hits/s of their backward with row-wise Adagrad")
+    bucketing: Curve = Field(description="ranks -> hits/s, sorted by owner")
+    operator: Latency = Field(description="of one operator on the device")
+    dispatch: Latency = Field(description="of one operator on the host, which a GPU works behind")
+    id_step: Latency = Field(description="of TorchRec's modules in one step, beside their look-ups")
+    host_link: Curve = Field(description="bytes of a copy from the host -> bytes/s")
+    all_to_all: Collective
+    all_reduce: Collective
+
+
+BUILT_IN = ("h200", "h100", "a100")
+
+
+def load_machine(name: str, near: Path | None = None) -> Machine:
+    """A built-in profile, or the file of one; a relative path may also be meant from the folder `near`."""
+    if name in BUILT_IN:
+        with resources.as_file(resources.files("msn_dist.planner") / "machines" / f"{name}.yaml") as path:
+            return parse(Machine, read_yaml(path), f"profile {name}")
+    path = Path(name)
+    if near is not None and not path.is_absolute() and not path.exists():
+        path = near / path
+    if not path.exists():
+        raise InputError(
+            f"machine: {name}: is no built-in profile ({', '.join(BUILT_IN)}) and no file; "
+            "`msn calibrate` writes one of this machine"
+        )
+    return parse(Machine, read_yaml(path), str(path))

@@ -1,0 +1,85 @@
+"""Times one operation on this rank while all ranks do the same: what calibration is made of."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_SECONDS, _ROUNDS = 0.06, 3  # spent on an operation in a round
+_QUEUE_CYCLES = 20_000_000  # what a GPU waits while calls are queued behind it, so that the host's time does not count
+
+
+class Stopclock:
+    """The median of some rounds on each rank, then the mean over ranks; every method is a collective call of `control`.
+
+    A round is as long as some time slices of the system: with more ranks than cores, a single call would be as fast as
+    with one.
+    """
+
+    def __init__(self, device: torch.device, control: dist.ProcessGroup) -> None:
+        self.device, self._control = device, control
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """One call, on the device; ranks may make different numbers of calls."""
+        call()
+        calls = max(2, min(2000, int(_SECONDS / max(self._timed(call, 1), 1e-7))))
+        rounds = []
+        for _ in range(_ROUNDS):
+            self.together()
+            rounds.append(self._timed(call, calls) / calls)
+        return self.mean(statistics.median(rounds))
+
+    def collective(self, call: Callable[[], Any], calls: int) -> float:
+        """One call that needs all ranks."""
+        call()
+        rounds = []
+        for _ in range(_ROUNDS):
+            self.together()
+            rounds.append(self._timed(call, calls) / calls)
+        return self.mean(statistics.median(rounds))
+
+    def host_seconds(self, call: Callable[[], Any], calls: int) -> float:
+        """What the host spends on one call, whatever the device has yet to do."""
+        call()
+        self.together()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        seconds = (time.perf_counter() - start) / calls
+        self._wait()
+        return self.mean(seconds)
+
+    def mean(self, number: float) -> float:
+        total = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(total, group=self._control)
+        return float(total) / self._control.size()
+
+    def together(self) -> None:
+        """All ranks have come here."""
+        self._wait()
+        dist.barrier(group=self._control)
+
+    def _timed(self, call: Callable[[], Any], calls: int) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        torch.cuda._sleep(_QUEUE_CYCLES)
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
