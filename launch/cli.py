@@ -1,7 +1,7 @@
 """The `msn` command. Heavy libraries are imported by the command that needs them.
 
-Exit codes: 0 fine, 1 a failure inside (with a traceback), 2 bad input (one message), 4 another rank was lost (what
-each of the others knows of it), 130 interrupted.
+Exit codes: 0 fine, 1 a failure inside (with a traceback), 2 bad input (one message), 3 a plan that does not fit (what
+would), 4 another rank was lost (what each of the others knows of it), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def train(
     init: Annotated[
         Path | None, typer.Option(help="Earlier run to start from; memory.sub_keys may be larger than there.")
     ] = None,
+    plan: Annotated[Path | None, typer.Option(help="File of `msn plan`, which decides where tables lie.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default: a new one in the config's output.")] = None,
 ) -> None:
     """Train a model and keep everything about the run in its run directory.
@@ -98,6 +99,7 @@ def train(
         if processes > 1:
             command = ["-m", "msn_dist.launch", "train", str(config), *overrides, "--out", str(out)]
             command += ["--init", str(init)] if init is not None else []
+            command += ["--plan", str(plan)] if plan is not None else []
             raise typer.Exit(launch(command, processes))
     elif nproc is not None:
         raise InputError(f"--nproc {nproc}: torchrun has started {os.environ['WORLD_SIZE']} processes; leave it out")
@@ -106,7 +108,54 @@ def train(
 
     from msn_dist.training import run as training
 
-    training.train(run, out, init)
+    training.train(run, out, init, plan)
+
+
+@app.command("plan")
+def make_plan(
+    config: Annotated[Path, typer.Argument(help="YAML file, see configs/; of its data only schema.yaml is read.")],
+    overrides: Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="For example memory.sub_keys=4096.")] = (),
+    topology: Annotated[Path, typer.Option(help="YAML file of the ranks, see configs/topology.")] = ...,
+    zipf: Annotated[float | None, typer.Option(help="Exponent of the popularity of sub-keys on each axis.")] = None,
+    usage: Annotated[Path | None, typer.Option(help="Finished run whose slots' use is to be expected.")] = None,
+    rounding: Annotated[bool, typer.Option("--round", help="Also layouts of 16 and 8 bits; see docs/plan.md.")] = False,
+    tune: Annotated[bool, typer.Option(help="Sweep slots, k, width, batch; show what nothing else beats.")] = False,
+    max_gib: Annotated[float | None, typer.Option(help="Bound on what a rank may fill.")] = None,
+    max_ms: Annotated[float | None, typer.Option(help="Bound on a step.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File for `msn train --plan`.")] = None,
+) -> None:
+    """Choose how tables lie on ranks, and say what it costs; nothing is built. Exit code 3 if nothing fits."""
+    from msn_dist.launch import planning
+
+    limits = {"most_gib": max_gib, "most_ms": max_ms}
+    popularity = {"zipf": zipf, "usage": usage}
+    raise typer.Exit(
+        planning.plan(
+            config, overrides, topology, rounding=rounding, tune=tune, output=output, **limits, **popularity
+        )
+    )
+
+
+@app.command()
+def calibrate(
+    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default: one per GPU, or 1.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    output: Annotated[Path, typer.Option(help="File of the profile.")] = Path("machine.json"),
+) -> None:
+    """Measure what this machine can do, for `msn plan`; takes up to two minutes.
+
+    On several nodes, start it by launch/torchrun.sh, as a run.
+    """
+    from msn_dist.launch import planning
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {device}: is none of auto, cpu, cuda")
+    if not is_worker():
+        processes = choose_nproc(nproc, device)
+        if processes > 1:
+            command = ["-m", "msn_dist.launch", "calibrate", "--device", device, "--output", str(output)]
+            raise typer.Exit(launch(command, processes))
+    planning.calibrate(output, device)
 
 
 @app.command()

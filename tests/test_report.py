@@ -131,9 +131,9 @@ def test_finished_run_shows_every_part_and_loads_nothing(tmp_path: Path) -> None
 
 
 def test_every_color_of_a_figure_follows_the_theme(tmp_path: Path) -> None:
-    svg = line_chart("title", "how", [Line(str(n), [0, 1], [n, n]) for n in range(8)], diagonal=True).svg
+    svg = line_chart("title", "how", [Line(str(n), [0, 1], [n, n]) for n in range(12)], diagonal=True).svg
     assert not re.search(r"#[0-9a-f]{6}", svg)
-    assert {f"var(--series-{n})" for n in range(6)} <= set(re.findall(r"var\([^)]*\)", svg))
+    assert {f"var(--series-{n})" for n in range(10)} <= set(re.findall(r"var\([^)]*\)", svg))
 
 
 def test_interrupted_run_says_so_and_shows_the_latest_numbers(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ N sub-keys per axis, K slots read, M = B * T * H queries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -82,6 +84,14 @@ class ProductKeys(nn.Module):
         """What `choose_retrieval` makes of the configuration."""
         return choose_retrieval(self.retrieval, device.type, self.top_k, *self.row.codes_HNE.shape[1:])
 
+    def search(self, back_end: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        """`kernels.reference.retrieve`, or the same by the kernels."""
+        if back_end == "reference":
+            return reference.retrieve
+        from msn_dist.kernels.ops import retrieve
+
+        return retrieve
+
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """slots_BTHK (int64 in [0, N * N), best first) and weights_BTHK (float32 at least, softmax over K).
 
@@ -96,12 +106,10 @@ class ProductKeys(nn.Module):
             dtype = torch.get_autocast_dtype(device)
         else:  # the kernels have no float64
             dtype = torch.float32 if back_end == "triton" else torch.promote_types(x_BTD.dtype, torch.float32)
-        if back_end == "triton":
-            from msn_dist.kernels.ops import retrieve
-        else:
-            retrieve = reference.retrieve
         with torch.autocast(device, enabled=False):
-            slots_MHK, weights_MHK = retrieve(*(operand.to(dtype) for operand in operands), self.top_k, self.row.tau)
+            slots_MHK, weights_MHK = self.search(back_end)(
+                *(operand.to(dtype) for operand in operands), self.top_k, self.row.tau
+            )
         shape_BT = x_BTD.shape[:2]
         return slots_MHK.unflatten(0, shape_BT), weights_MHK.unflatten(0, shape_BT)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import nn
@@ -12,6 +12,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from msn_dist.errors import InputError
 from msn_dist.memory import MemoryValues
+from msn_dist.planner.plan_file import PlannedTable
 
 _ROW_WISE_FROM = 2**20  # an id table of so many rows, and of more than a rank's fair share, is cut by rows
 
@@ -57,12 +58,18 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module, sharders: Sequence[ModuleSharder], world_size: int, local_size: int, device_type: str
+    model: nn.Module,
+    sharders: Sequence[ModuleSharder],
+    world_size: int,
+    local_size: int,
+    device_type: str,
+    id_tables: Mapping[str, Mapping[str, PlannedTable]] | None = None,
 ) -> Plan:
     """Memory values as their strategy says; id tables whole, the largest first onto the emptiest rank.
 
     Very large id tables, and those read by attention, are cut by rows instead.  `model` may be on the meta device.
-    InputError if attention reads a table with too few rows for every rank to hold one.
+    `id_tables` places them as a plan has it, by module and table.  InputError if attention reads a table with too few
+    rows for every rank to hold one.
     """
     sharder_of = {sharder.module_type: sharder for sharder in sharders}
     tables: list[TableShards] = []
@@ -85,7 +92,7 @@ def make_plan(
                 scheme, held = module.sharding.strategy, _rows_held(rows, world_size)
                 if scheme in ("column", "replicated"):
                     held = [rows] * world_size
-            elif on_all_ranks or (rows >= _ROW_WISE_FROM and rows * dim > fair_share):
+            elif _by_rows(id_tables, path, table, on_all_ranks or (rows >= _ROW_WISE_FROM and rows * dim > fair_share)):
                 scheme, held = "row_wise", _rows_held(rows, world_size)
                 if not min(held):
                     raise InputError(
@@ -94,7 +101,8 @@ def make_plan(
                     )
                 choice[table] = row_wise(compute_kernel="fused")
             else:
-                scheme, owner = "table_wise", load.index(min(load))
+                scheme = "table_wise"
+                owner = load.index(min(load)) if id_tables is None else id_tables[path][table].rank
                 held = [rows if rank == owner else 0 for rank in range(world_size)]
                 choice[table] = table_wise(rank=owner, compute_kernel="fused")
                 load[owner] += rows * dim
@@ -103,6 +111,17 @@ def make_plan(
             module, {table: choice[table] for table in parameters}, sharder, local_size, world_size, device_type
         )
     return Plan(world_size, tables, sharding)
+
+
+def _by_rows(
+    id_tables: Mapping[str, Mapping[str, PlannedTable]] | None, path: str, table: str, by_default: bool
+) -> bool:
+    """As planned; InputError if the plan does not know the table."""
+    if id_tables is None:
+        return by_default
+    if table not in id_tables.get(path, {}):
+        raise InputError(f"the plan has no table {table!r} in {path}; plan again with this data set's schema")
+    return id_tables[path][table].sharding == "row_wise"
 
 
 def _rows_held(rows: int, world_size: int) -> list[int]:

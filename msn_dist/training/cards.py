@@ -63,10 +63,11 @@ _HEALTH: dict[str, tuple[str, str, Format, float, float]] = {
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; the first column holds names, the others numbers."""
+    """A table; the first column holds names, the others numbers. `told`: the last one is prose, and it is wide."""
 
     header: list[str]
     rows: list[list[str]]
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Card:
     empty: str
     charts: list[Chart] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
+    story: str = ""
 
 
 def quality(evaluations: Sequence[Record], last: Record) -> Card:

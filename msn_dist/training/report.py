@@ -13,6 +13,7 @@ from msn_dist.config import dump_config
 from msn_dist.training import cards
 from msn_dist.training.cards import QUALITY, Record, fixed
 from msn_dist.training.figures import count, percent
+from msn_dist.training.plan_card import plan_card
 from msn_dist.training.run_directory import RunDirectory
 
 
@@ -32,6 +33,7 @@ def write_report(run_dir: Path) -> Path:
     config, summary = run.config(), run.summary()
     train, evaluations = run.records("train"), run.records("eval")
     last = _last_results(evaluations) | (summary or {})
+    planned = run.planned()
     memory = [cards.Card("Memory", "This model carries no memory.")]
     if config.memory is not None:
         memory = [cards.health(train), cards.usage(run.memory_usage())]
@@ -45,6 +47,7 @@ def write_report(run_dir: Path) -> Path:
             cards.training(train),
             *memory,
             cards.speed(train, last),
+            *([plan_card(planned, last.get("forecast", {}))] if planned is not None else []),
         ],
         "parameters": [(name.replace("_", " "), f"{value:,}") for name, value in last.get("parameters", {}).items()],
         "versions": {

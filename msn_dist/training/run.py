@@ -11,6 +11,7 @@ from msn_dist.training.run_directory import RunDirectory
 quiet_libraries()  # before torchrec is imported below
 
 from msn_dist.data.schema import load_schema  # noqa: E402
+from msn_dist.planner.plan_file import load_plan, write_plan  # noqa: E402
 from msn_dist.training.checkpoint import load_model  # noqa: E402
 from msn_dist.training.console import Console  # noqa: E402
 from msn_dist.training.evaluation import evaluate as evaluate_model  # noqa: E402
@@ -23,11 +24,12 @@ from msn_dist.training.summary import memory_usage, summarise  # noqa: E402
 from msn_dist.training.trainer import Trainer  # noqa: E402
 
 
-def train(config: RunConfig, run_path: Path, init: Path | None = None) -> None:
+def train(config: RunConfig, run_path: Path, init: Path | None = None, plan_path: Path | None = None) -> None:
     """Train, test the best state, and leave a run directory with a report.
 
-    `init` is an earlier run whose best state is the start; its memory may have fewer sub-keys.
-    Raises InputError, on every rank, for bad data, settings that do not fit the world size or the
+    `init` is an earlier run whose best state is the start; its memory may have fewer sub-keys.  `plan_path` is a file
+    of `msn plan` that decides where tables lie.
+    Raises InputError, on every rank, for bad data, settings that do not fit the world size, the plan or the
     earlier run, or a run directory that is in use.
     """
     data = config.data.model_copy(update={"path": str(Path(config.data.path).resolve())})
@@ -35,8 +37,13 @@ def train(config: RunConfig, run_path: Path, init: Path | None = None) -> None:
     with joined_ranks(config.training) as ranks:
         schema = ranks.together(lambda: load_schema(config.data.path))
         run = RunDirectory(run_path)
+        planned = None
+        if plan_path is not None:
+            planned = ranks.together(lambda: load_plan(plan_path))
+            planned.require_ranks(ranks.world, ranks.local_world)
+            config = planned.applied_to(config)
         origin = Origin(init, config, ranks) if init is not None else None
-        trainer = Trainer(config, schema, run, ranks)
+        trainer = Trainer(config, schema, run, ranks, planned)
         if origin is not None:
             origin.require_fit(trainer.model)
         test_data = open_split("test", config.data, schema, ranks)
@@ -44,6 +51,8 @@ def train(config: RunConfig, run_path: Path, init: Path | None = None) -> None:
         ranks.together(lambda: RunDirectory.create(config, run_path) if ranks.rank == 0 else None)
         if ranks.rank == 0:
             run.write_plan(trainer.plan.as_json(), str(trainer.plan))
+            if planned is not None:
+                write_plan(planned, run.planned_file)
         if origin is not None:
             origin.load(trainer.model, trainer.optimizers, run)
         with Console(ranks.rank, trainer.total_steps, trainer.steps_per_epoch) as console:

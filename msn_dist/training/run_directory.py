@@ -2,6 +2,7 @@
 
 config.yaml           the resolved settings, as `msn train` takes them
 plan.json, plan.txt   where each table lies, for programs and for people
+planned.json          the plan that the run was started with (--plan)
 metrics.jsonl         one record a logging interval and evaluation, in order of time; what the run started from (--init)
 tensorboard/          the same numbers as events
 memory_usage.json     how often slots were hit, at the end of the run (models with a memory)
@@ -29,6 +30,8 @@ from msn_dist.errors import InputError
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from msn_dist.planner.plan_file import PlanFile
+
 
 class RunDirectory:
     """Paths, writers and readers of one run directory. Only rank 0 writes.
@@ -41,6 +44,7 @@ class RunDirectory:
         self.checkpoint = self.path / "checkpoint"
         self.report = self.path / "report.html"
         self.summary_file = self.path / "summary.json"
+        self.planned_file = self.path / "planned.json"
         self._events: SummaryWriter | None = None
 
     @classmethod
@@ -82,6 +86,14 @@ class RunDirectory:
     def plan_text(self) -> str | None:
         path = self.path / "plan.txt"
         return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def planned(self) -> PlanFile | None:
+        """The plan that the run was started with, or None."""
+        if not self.planned_file.exists():
+            return None
+        from msn_dist.planner.plan_file import load_plan
+
+        return load_plan(self.planned_file)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record of kind "train" or "eval" to metrics.jsonl and to the TensorBoard events."""

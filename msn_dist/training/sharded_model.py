@@ -19,17 +19,19 @@ from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.models.parameters import count_parameters
 from msn_dist.models.ranker import Ranker
 from msn_dist.planner import Plan, make_plan
+from msn_dist.planner.plan_file import PlanFile
 from msn_dist.sharding import MemoryValuesSharder, ShardedMemoryValues, ValueOptimizer
 from msn_dist.sharding.lookup import choose_lookup
 from msn_dist.training.ranks import Ranks
 
 
 def build_sharded_model(
-    config: RunConfig, schema: Schema, ranks: Ranks
+    config: RunConfig, schema: Schema, ranks: Ranks, planned: PlanFile | None = None
 ) -> tuple[DistributedModelParallel, Plan, dict[str, int]]:
     """(model over all ranks, its plan, its parameter counts); the same start at every world size.
 
-    Raises InputError, on every rank, if a back end of the memory cannot run on one of them.
+    `planned` says where the id tables lie; of memories `config` says it.  Raises InputError, on every rank, if a back
+    end of the memory cannot run on one of them.
     """
     if config.memory is not None:
         width = config.memory.value_dim or config.model.width
@@ -48,7 +50,8 @@ def build_sharded_model(
         EmbeddingBagCollectionSharder(fused_params=adagrad),
         EmbeddingCollectionSharder(fused_params=adagrad, use_index_dedup=False),
     ]
-    plan = make_plan(ranker, sharders, ranks.world, ranks.local_world, ranks.device.type)
+    id_tables = None if planned is None else planned.id_tables
+    plan = make_plan(ranker, sharders, ranks.world, ranks.local_world, ranks.device.type, id_tables)
     model = DistributedModelParallel(
         ranker, env=ranks.sharding_env(), device=ranks.device, plan=plan.sharding, sharders=sharders
     )

@@ -34,6 +34,8 @@ def summarise(trainer: Trainer, test: dict[str, dict[str, float]]) -> dict[str, 
         "test": _split_metrics(test, trainer.schema.labels),
         **trainer.meter.whole_run(),
     }
+    if trainer.forecast is not None:
+        summary["forecast"] = trainer.forecast.summary()
     if trainer.back_ends:
         summary["memory_back_ends"] = trainer.back_ends
     if trainer.health:

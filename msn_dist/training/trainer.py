@@ -18,10 +18,12 @@ from msn_dist.data.schema import Schema
 from msn_dist.errors import InputError
 from msn_dist.memory import MemoryHealth
 from msn_dist.models.loss import task_losses
+from msn_dist.planner.plan_file import PlanFile
 from msn_dist.training.checkpoint import Checkpoints, load_model
 from msn_dist.training.console import Console
 from msn_dist.training.evaluation import autocast, evaluate, open_split
 from msn_dist.training.exchange_meter import ExchangeMeter
+from msn_dist.training.forecast import Forecast
 from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import Ranks
 from msn_dist.training.run_directory import RunDirectory
@@ -35,13 +37,18 @@ from msn_dist.training.stopwatch import Stopwatch
 
 
 class Trainer:
-    """Trains, evaluates, and keeps the checkpoint with the best valid AUC of the first task."""
+    """Trains, evaluates, and keeps the checkpoint with the best valid AUC of the first task.
 
-    def __init__(self, config: RunConfig, schema: Schema, run: RunDirectory, ranks: Ranks) -> None:
+    With a `plan`, tables lie as it says, and what it predicts is compared with what happens.
+    """
+
+    def __init__(
+        self, config: RunConfig, schema: Schema, run: RunDirectory, ranks: Ranks, plan: PlanFile | None = None
+    ) -> None:
         self.config, self.schema, self.run, self.ranks = config, schema, run, ranks
         self.train_data = open_split("train", config.data, schema, ranks, config.seed)
         self.valid_data = open_split("valid", config.data, schema, ranks)
-        self.model, self.plan, self.parameters = build_sharded_model(config, schema, ranks)
+        self.model, self.plan, self.parameters = build_sharded_model(config, schema, ranks, plan)
         self.memories = sharded_memories(self.model)
         self.back_ends = memory_back_ends(self.model, ranks.device)
         self.steps_per_epoch = ranks.largest(self.train_data.num_batches)
@@ -55,7 +62,12 @@ class Trainer:
         self.meter = ExchangeMeter(self.memories, ranks)  # the same
         self.health: dict[str, MemoryHealth] = {}  # of the last full interval
         self.best: dict[str, Any] | None = None
+        self.forecast: Forecast | None = None
+        if plan is not None:
+            evaluation = config.training.eval_every or self.steps_per_epoch
+            self.forecast = Forecast(plan, ranks, min(evaluation, self.steps_per_epoch, self.total_steps))
         self._checkpoints = Checkpoints(run.checkpoint, ranks)
+        self._kept = False  # a checkpoint is there
         self._validated_at: int | None = None
 
     def fit(self, console: Console, *, keep_start: bool = False) -> None:
@@ -77,18 +89,21 @@ class Trainer:
             self._checkpoints.wait()
             raise
         self._checkpoints.wait()
-        load_model(self.run.checkpoint, self.model, self.ranks)
+        if self._kept:
+            load_model(self.run.checkpoint, self.model, self.ranks)
 
     def _train_epoch(self, console: Console) -> None:
         settings = self.config.training
         self.model.train()
         steps = in_step(self.train_data, self.schema, self.ranks.control)
         self._resume_clocks()
-        for batch, rows in steps:
+        for batch, rows in steps if self.forecast is None else self.forecast.watched(steps):
             self._interval.add(self._train_step(batch, rows), rows)
             self.step += 1
             self.rows += rows
             console.step(self.step)
+            if self.forecast is not None and (compared := self.forecast.after(self.step)):
+                console.say(compared)
             if self.step % settings.log_every == 0 or self._at_the_end():
                 self._log(console)
             if self._at_the_end():
@@ -164,15 +179,23 @@ class Trainer:
             self.health[name] = replace(self.health[name], **ever)
 
     def _validate(self, console: Console) -> None:
-        """Evaluate on the valid split; keep the state if it is the best so far."""
+        """Evaluate on the valid split; keep the state if it is the best so far.
+
+        While the storage has no room for a checkpoint the best state is the last one, as no other can be had again.
+        """
         if self._validated_at == self.step:  # an interval ended with the epoch
             return
         self._validated_at = self.step
         metrics = self.evaluate("valid", self.valid_data, console)
         auc = metrics[self.schema.labels[0]]["auc"]
-        if self.best is None or auc > self.best["auc"] or math.isnan(self.best["auc"]):
-            self.best = {"auc": auc, "step": self.step, "metrics": metrics}
-            self._checkpoints.save(self.model, self.optimizers)
+        if self._kept and not (auc > self.best["auc"] or math.isnan(self.best["auc"])):
+            return
+        if problem := self._checkpoints.save(self.model, self.optimizers):
+            console.say(f"note: no checkpoint of step {self.step}: {problem}")
+            if self._kept:
+                return
+        self._kept = problem is None
+        self.best = {"auc": auc, "step": self.step, "metrics": metrics}
 
     def evaluate(self, split: str, data: ParquetReader, console: Console) -> dict[str, dict[str, float]]:
         """Metrics of every task over all rows of a split, written to the run; a collective call."""

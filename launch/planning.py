@@ -1,0 +1,113 @@
+"""`msn calibrate` and `msn plan`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import date
+from pathlib import Path
+
+from rich.console import Console
+
+from msn_dist.errors import InputError
+
+
+def calibrate(output: Path, device: str) -> None:
+    """Measure this rank among its peers; rank 0 writes the profile."""
+    from msn_dist.training.quiet import quiet_libraries
+
+    quiet_libraries()
+    from msn_dist.config import TrainingConfig
+    from msn_dist.planner.calibration import calibrate as measure
+    from msn_dist.training.ranks import joined_ranks
+    from msn_dist.training.run_directory import versions
+
+    with joined_ranks(TrainingConfig(device=device)) as ranks:
+        console = Console(quiet=ranks.rank != 0, highlight=False, soft_wrap=True)
+        ranks.together(lambda: _require_folder(output))
+        with console.status("") as status:
+            machine = measure(
+                ranks.device, ranks.group, ranks.control, versions(), lambda part: status.update(f"measuring: {part}")
+            )
+        if ranks.rank == 0:
+            output.write_text(machine.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            from msn_dist.planner.explain import explain_machine
+
+            console.print(explain_machine(machine))
+            console.print(f"written to {output}; name it as `machine` in a topology (configs/topology)")
+
+
+def _require_folder(output: Path) -> None:
+    if not output.resolve().parent.is_dir():
+        raise InputError(f"{output}: there is no folder {output.resolve().parent}; make it, or name another file")
+
+
+def plan(
+    config_path: Path,
+    overrides: list[str],
+    topology_path: Path,
+    *,
+    zipf: float | None,
+    usage: Path | None,
+    rounding: bool,
+    tune: bool,
+    most_gib: float | None,
+    most_ms: float | None,
+    output: Path | None,
+) -> int:
+    """Print the plan, and write it to `output`; returns the exit code, 3 if nothing fits."""
+    from msn_dist.training.quiet import quiet_libraries
+
+    quiet_libraries()
+    from msn_dist.config import load_config
+    from msn_dist.data.schema import load_schema
+    from msn_dist.planner import explain, planning
+    from msn_dist.planner.machine import load_machine
+    from msn_dist.planner.plan_file import write_plan
+    from msn_dist.planner.situation import Popularity, Situation
+    from msn_dist.planner.topology import load_topology
+
+    if zipf is not None and usage is not None:
+        raise InputError("--zipf and --usage both say which slots are hit; leave one out")
+    config = load_config(config_path, overrides)
+    topology = load_topology(topology_path)
+    if most_gib is not None:
+        topology = topology.model_copy(update={"device_gib": min(most_gib, topology.device_gib)})
+    situation = Situation(
+        config,
+        load_schema(config.data.path),
+        topology,
+        load_machine(topology.machine, near=topology_path.parent),
+        Popularity(zipf, None if usage is None else _usage(usage)),
+    )
+    console = Console(width=explain.WIDTH, highlight=False)
+    if tune:
+        from msn_dist.planner.tuning import tune as sweep
+        from msn_dist.planner.tuning import tuned_table
+
+        with console.status("") as status:
+            found = sweep(situation, None if most_ms is None else most_ms / 1e3, status.update)
+        console.print(tuned_table(found))
+        return 0
+    found = planning.plan(situation, rounding, date.today().isoformat())
+    if isinstance(found, planning.Infeasible):
+        Console(stderr=True, width=explain.WIDTH, highlight=False).print(str(found), markup=False)
+        return 3
+    console.print(explain.explain(found))
+    if most_ms is not None and 1e3 * found.seconds > most_ms:
+        print(f"a step takes {1e3 * found.seconds:.1f} ms, more than --max-ms {most_ms:g}", file=sys.stderr)
+        return 3
+    if output is not None:
+        write_plan(found, output)
+        console.print(f"written to {output}: msn train {config_path} --plan {output}", soft_wrap=True)
+    return 0
+
+
+def _usage(run: Path) -> dict:
+    """The layer with the most uneven use, of a finished run."""
+    path = run / "memory_usage.json"
+    try:
+        layers = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"--usage {run}: no memory_usage.json of a finished run with a memory in it") from None
+    return max(layers.values(), key=lambda layer: layer["rank_curve"]["share_of_hits"][1:2] or [0])

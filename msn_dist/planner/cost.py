@@ -1,0 +1,212 @@
+"""The time of a training step, phase by phase, from what it does and what the machine can do.
+
+    an operator      max(its latency, size / rate of its kind at that size)
+    a message        latency + what stays in the node / its bandwidth + what leaves it / that between nodes
+    look-ups         hits of the busiest owner / rate for rows of that width
+    a phase          the sum of its parts; `hidden` is what other phases cover
+
+What is hidden: with `memory.chunks: c` on a GPU, up to (c - 1) / c of the exchange behind retrieval and look-up; the
+all-reduce of dense gradients behind the backward of the dense network, but for the last of its buckets.  On a CPU
+nothing is: a rank's messages need the core that it computes on.
+
+A GPU works behind its host: a step takes no less than the host needs to dispatch its operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from msn_dist.planner.dense_trace import Op, StepTrace
+from msn_dist.planner.exchange_work import Work, exchange_work
+from msn_dist.planner.layout import Layout
+from msn_dist.planner.load import Message, expected_bytes
+from msn_dist.planner.machine import Collective, Machine
+from msn_dist.planner.situation import Situation
+from msn_dist.planner.topology import Topology
+
+WAITING = "waiting for the host"
+_BUCKET = 25 * 2**20  # bytes of DistributedDataParallel's buckets
+_EXCHANGE_OPERATORS = 90  # that the host dispatches for the exchange of a memory, forward and backward
+_ID_OPERATORS = 200  # the same for TorchRec's modules
+_FUNCTIONS = ("gelu", "tanh", "sigmoid", "silu", "softmax", "layer_norm", "exp", "log", "erf")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Seconds of a step; `hidden` of them run beside other phases."""
+
+    name: str
+    seconds: float
+    hidden: float = 0.0
+    sent: float = 0.0  # bytes that a rank sends to others
+
+    @property
+    def exposed(self) -> float:
+        return self.seconds - self.hidden
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One training step of the busiest rank."""
+
+    phases: list[Phase]
+    messages: list[Message] = field(default_factory=list)  # of all memories
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.exposed for phase in self.phases)
+
+    @property
+    def device(self) -> float:
+        """Seconds that the device works."""
+        return sum(phase.exposed for phase in self.phases if phase.name != WAITING)
+
+    @property
+    def exchange(self) -> float:
+        """Seconds that depend on the layout of the memories."""
+        return sum(phase.exposed for phase in self.phases if phase.name in _OF_THE_EXCHANGE)
+
+
+_OF_THE_EXCHANGE = ("hits by owner", "hits there", "look-up", "sums home", "gradients", "update")
+_BEFORE_THE_LOOK_UP = ("counts", "lengths", "hits", "rows")
+
+
+def step_time(situation: Situation, layout: Layout, trace: StepTrace, id_seconds: float) -> StepTime:
+    """The phases of a step, in which the id tables take `id_seconds`."""
+    machine, topology, memories = situation.machine, situation.topology, situation.memories
+    regions = {region: _traced(trace.ops, region, machine) for region in ("dense", "memory", "optimizer")}
+    phases = [Phase("dense network", regions["dense"])]
+    messages: list[Message] = []
+    operators = len(trace.ops) + _ID_OPERATORS
+    if memories:
+        load, chunks = situation.load, situation.memory.chunks
+        work = exchange_work(layout, load, situation.dim)
+        messages = memories * expected_bytes(
+            layout.strategy, layout.world, layout.ranks_per_node, load, situation.dim, layout.wire
+        )
+        phases.append(Phase("retrieval and gate", regions["memory"]))
+        phases += _exchange(work, messages, memories, chunks, machine, topology)
+        operators += memories * chunks * _EXCHANGE_OPERATORS
+    phases += [
+        Phase("id tables", id_seconds),
+        _dense_gradients(trace, regions["dense"], machine, topology),
+        Phase("optimizer", regions["optimizer"]),
+    ]
+    device = sum(phase.exposed for phase in phases)
+    host = operators * machine.dispatch.seconds
+    if host > device:
+        phases.append(Phase(WAITING, host - device))
+    return StepTime(phases, messages)
+
+
+def operator_seconds(op: Op, machine: Machine) -> float:
+    """One operator of the dense network on the device."""
+    if op.name in ("retrieve", "retrieve_backward") and machine.retrieve is not None:
+        return _retrieval_seconds(op, machine)
+    if op.flops:
+        products = math.prod(op.shapes[0][:-2]) if op.shapes and len(op.shapes[0]) > 2 else 1
+        rate = machine.matrix_bf16 if op.dtype in ("bfloat16", "float16") else machine.matrix_fp32
+        seconds = op.flops / rate.at(op.flops / products)
+    elif "topk" in op.name:
+        length = op.shapes[0][-1]
+        seconds = math.prod(op.shapes[0]) / machine.top_k.at(length)
+    elif any(name in op.name for name in ("sort", "unique")):
+        numbers = math.prod(op.shapes[0])
+        seconds = numbers / machine.sort.at(numbers)
+    else:
+        seconds = op.bytes / machine.copy_rate.at(op.bytes) if op.bytes else 0.0
+        if any(name in op.name for name in _FUNCTIONS):
+            seconds = max(seconds, op.out_elements / machine.function_rate.at(op.out_elements))
+    return max(machine.operator.seconds, seconds)
+
+
+def message_seconds(message: Message, machine: Machine, topology: Topology, parts: int = 1) -> float:
+    """An all-to-all in so many parts: what goes to other nodes leaves the busiest rank beside what stays in its own."""
+    latency, bandwidth = _link(machine.all_to_all, topology)
+    if message.name == "lengths":  # is under way together with the hits
+        parts = 0
+    seconds = parts * latency + message.busiest * message.bytes_inside / bandwidth
+    if message.bytes_between:
+        link = topology.between_nodes
+        seconds = max(seconds, parts * link.latency + message.busiest * message.bytes_between / link.bytes_per_second)
+    return seconds
+
+
+def passes_seconds(passes: Iterable[float], machine: Machine) -> float:
+    """Element-wise passes over so many bytes each."""
+    return sum(max(machine.operator.seconds, size / machine.copy_rate.at(size)) for size in passes if size)
+
+
+def _traced(ops: Sequence[Op], region: str, machine: Machine) -> float:
+    return sum(operator_seconds(op, machine) for op in ops if op.region == region)
+
+
+def _retrieval_seconds(op: Op, machine: Machine) -> float:
+    """Rates are of k = 32 and keys of 64: the scores' share grows with the width of keys, the rest with k."""
+    queries, heads, width = op.shapes[0]
+    sub_keys, forward = op.shapes[2][1], op.name == "retrieve"
+    rates = machine.retrieve if forward else machine.retrieve_backward
+    hits = op.out_elements / (2 * queries * heads) if forward else op.shapes[4][2]
+    seconds = queries * heads / rates.at(sub_keys)
+    return seconds * max(1.0, hits / 32) * max(1.0, (width / 64) ** 0.5)
+
+
+def _exchange(
+    work: Work, messages: Sequence[Message], memories: int, chunks: int, machine: Machine, topology: Topology
+) -> list[Phase]:
+    """The phases of all memories; messages are those of all of them."""
+
+    def times(number: float, rate: float) -> float:
+        return memories * number / rate
+
+    def travelling(name: str, chosen: Sequence[Message], behind: float) -> Phase:
+        seconds = sum(message_seconds(message, machine, topology, chunks) for message in chosen)
+        hidden = min(seconds * (chunks - 1) / chunks, behind) if machine.kind == "cuda" else 0.0
+        return Phase(name, seconds, hidden, sum(m.bytes_inside + m.bytes_between for m in chosen))
+
+    sorting = times(work.bucketed, machine.bucketing.at(max(2, topology.world)))
+    if work.distinct:
+        sorting += times(work.distinct, machine.sort.at(work.distinct))
+    reading = updating = 0.0
+    if work.read:
+        reading = times(work.read, machine.row_read.at(work.row_bytes))
+        updating = times(work.updated, machine.row_update.at(work.row_bytes))
+    forward, backward = (memories * passes_seconds(passes, machine) for passes in (work.forward, work.backward))
+    there, home, again = [], [], []
+    for message in messages:
+        late = again if message.direction == "backward" else home
+        (there if message.name in _BEFORE_THE_LOOK_UP else late).append(message)
+    return [
+        Phase("hits by owner", sorting),
+        travelling("hits there", there, sorting),
+        Phase("look-up", reading + forward),
+        travelling("sums home", home, reading),
+        travelling("gradients", again, updating),
+        Phase("update", updating + backward),
+    ]
+
+
+def _dense_gradients(trace: StepTrace, dense_seconds: float, machine: Machine, topology: Topology) -> Phase:
+    """DistributedDataParallel's ring all-reduce, bucket by bucket behind the backward: two thirds of the network."""
+    world = topology.world
+    if world == 1:
+        return Phase("dense gradients", 0.0)
+    size = sum(trace.parameters)
+    sent = 2 * size * (world - 1) / world
+    latency, bandwidth = _link(machine.all_reduce, topology)
+    if topology.nodes > 1:
+        bandwidth = min(bandwidth, topology.ranks_per_node * topology.between_nodes.bytes_per_second)
+        latency = max(latency, topology.between_nodes.latency)
+    buckets = max(1, math.ceil(size / _BUCKET))
+    seconds = buckets * latency + sent / bandwidth
+    hidden = 0.0 if machine.kind == "cpu" else min(seconds * (buckets - 1) / buckets, dense_seconds * 2 / 3)
+    return Phase("dense gradients", seconds, hidden, sent)
+
+
+def _link(collective: Collective, topology: Topology) -> tuple[float, float]:
+    """(seconds, bytes a second) inside a node: the topology's word, else as the machine was measured."""
+    if topology.inside_node is not None:
+        return topology.inside_node.latency, topology.inside_node.bytes_per_second
+    return collective.latency, collective.bandwidth

@@ -1,0 +1,218 @@
+"""One training step of a rank on tensors without data: its operations, and the bytes that live while it runs.
+
+The model is built and run under torch's fake tensors, which have shapes and lifetimes but no storage, so a model of
+any size is traced in about a second.  Fake CPU tensors serve for a GPU as well, with what `torch.autocast` and dropout
+do there (`GpuRules`): fake CUDA tensors have no backward where torch is built without CUDA.
+
+Two parts have stand-ins, so that one trace serves every layout: the sharded value tables (`_Values`) and the id tables
+(`_IdTables`, `_SequenceTables`), whose exchange is counted apart and added afterwards (`storage`).
+
+Shape suffixes: B rows, F features, M bags, L hits a bag, D value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import Function, once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from msn_dist.config import MemoryConfig, OptimizerConfig, RunConfig
+from msn_dist.planner.gpu_rules import GpuRules, fused_retrieve
+from msn_dist.planner.step_recorder import LookUp, Op, Span, StepRecorder
+
+if TYPE_CHECKING:
+    from msn_dist.data.schema import Schema
+    from msn_dist.models.ranker import Ranker
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One step of one rank."""
+
+    rows: int
+    device_type: str
+    ops: tuple[Op, ...]
+    spans: tuple[Span, ...]
+    look_ups: tuple[LookUp, ...]  # in the order of the forward
+    parameters: tuple[int, ...]  # bytes of each dense parameter
+
+
+def trace_step(config: RunConfig, schema: Schema, rows: int, device_type: str = "cpu") -> StepTrace:
+    """A step of `config` on a rank with a batch of `rows`, on a device of type "cpu" or "cuda".
+
+    Histories have all `max_length` events, and every id has one value.
+    """
+    from msn_dist.models.loss import task_losses
+    from msn_dist.models.ranker import Ranker
+
+    on_gpu = device_type == "cuda"
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+        with _Unfilled():
+            model = Ranker(schema, config.model, config.memory, seed=0, device="meta")
+        recorder = StepRecorder(
+            _events(schema, rows, config.model.attention), config.memory.top_k if config.memory else 0, on_gpu
+        )
+        _put_stand_ins(model, rows, recorder, on_gpu)
+        batch = _batch(schema, rows)
+        dense = list(model.parameters())
+        for parameter in dense:  # gradients lie in DistributedDataParallel's buckets, where they are copied at once
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with recorder, GpuRules() if on_gpu else nullcontext():
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.training.precision == "bf16"):
+                output = model(batch)
+            sums_K = task_losses(output.logits_BK, batch.labels_BK)
+            loss = (sums_K.sum() + output.auxiliary * rows) * (1 / rows)
+            recorder.enter("backward")
+            loss.backward()
+        del output, sums_K, loss
+        _step_dense(dense, config.optimizer, recorder, on_gpu)
+    return StepTrace(
+        rows=rows,
+        device_type=device_type,
+        ops=tuple(recorder.ops),
+        spans=tuple(recorder.spans),
+        look_ups=tuple(recorder.look_ups),
+        parameters=tuple(parameter.numel() * parameter.element_size() for parameter in dense),
+    )
+
+
+def _step_dense(dense: list[nn.Parameter], config: OptimizerConfig, recorder: StepRecorder, on_gpu: bool) -> None:
+    """Clip the gradients and step, as training.optimizers does, once AdamW has its state."""
+    for parameter in dense:
+        parameter.grad = torch.empty_like(parameter)
+    groups = [[p for p in dense if p.ndim > 1], [p for p in dense if p.ndim <= 1]]
+    groups = [{"params": group} for group in groups if group]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.dense.weight_decay, foreach=on_gpu)
+    optimizer.step()
+    recorder.enter("optimizer")
+    with recorder:
+        if config.dense.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(dense, config.dense.clip_norm)
+        optimizer.step()
+    recorder.enter("end")
+
+
+def _events(schema: Schema, rows: int, attention: bool) -> list[int]:
+    """Events that each look at the lists of histories finds, in the order in which Features takes them."""
+    if not attention:
+        return []
+    histories = {name: rows * history.max_length for name, history in schema.histories.items()}
+    attended = {schema.table_of(column) for history in schema.histories.values() for column in history.columns}
+    ids = sum(schema.table_of(name) in attended for name in schema.ids)
+    columns = sum(histories[name] * len(history.columns) for name, history in schema.histories.items())
+    return [ids * rows + columns, *(events for name in histories for events in (histories[name],) * 2)]
+
+
+def _batch(schema: Schema, rows: int) -> Any:
+    """As data.batch.Batch, as far as the model looks at it."""
+    lengths = torch.empty(len(schema.sparse_keys) * rows, dtype=torch.int64)
+    return SimpleNamespace(
+        sparse=SimpleNamespace(lengths=lambda: lengths, keys=lambda: schema.sparse_keys, values=lambda: lengths),
+        dense_BF=torch.empty(rows, len(schema.dense)),
+        labels_BK=torch.empty(rows, len(schema.labels)),
+    )
+
+
+def _put_stand_ins(model: Ranker, rows: int, recorder: StepRecorder, on_gpu: bool) -> None:
+    """In place of what is sharded, and of what runs in kernels of this project."""
+    features, schema, width = model.features, model.schema, model.model.embedding_dim
+    if features.id_tables is not None:
+        features.id_tables = _IdTables(recorder, rows, features.pooled_keys, width)
+    if features.sequence_tables is not None:
+        events = {c: h.max_length for h in schema.histories.values() for c in h.columns}
+        lists = {key: rows * events.get(key, 1) for key in features.sequence_keys}
+        features.sequence_tables = _SequenceTables(recorder, lists, width)
+    for memory in model.memories().values():
+        memory.values = _Values(recorder, memory.values.dim)
+        if on_gpu and _has_kernel(model.memory):
+            memory.keys.back_end = lambda device: "triton"
+            memory.keys.search = lambda back_end: partial(fused_retrieve, recorder.kernel)
+        memory.register_forward_pre_hook(recorder.memory_begins)
+        memory.register_forward_hook(recorder.memory_ends)
+
+
+def _has_kernel(memory: MemoryConfig) -> bool:
+    """Whether retrieval goes through kernels on a GPU that has them; see memory.product_keys.choose_retrieval."""
+    # the limits of kernels.retrieval, which cannot be imported without Triton
+    fits = memory.top_k <= 128 and memory.sub_keys <= 65_536 and memory.key_dim <= 256
+    return memory.retrieval == "triton" or (memory.retrieval == "auto" and fits)
+
+
+class _Values(nn.Module):
+    """Takes and gives what a sharded value table does."""
+
+    def __init__(self, recorder: StepRecorder, dim: int) -> None:
+        super().__init__()
+        self.recorder, self.dim = recorder, dim
+
+    def forward(self, slots_ML: Tensor, weights_ML: Tensor) -> Tensor:
+        look_up = LookUp("memory", *slots_ML.shape, self.dim)
+        return _LookUp.apply(weights_ML, self.recorder, look_up)
+
+    def pooled_in_chunks(self, chunks: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        slots, weights = zip(*chunks, strict=True)
+        return [self(torch.cat(slots), torch.cat(weights))]
+
+
+class _IdTables(nn.Module):
+    """Takes and gives what a sharded EmbeddingBagCollection does."""
+
+    def __init__(self, recorder: StepRecorder, rows: int, keys: list[str], width: int) -> None:
+        super().__init__()
+        self.recorder, self.keys = recorder, keys
+        self.look_up = LookUp("ids", rows, len(keys), len(keys) * width)
+
+    def forward(self, sparse: Any) -> Any:
+        sums = _LookUp.apply(torch.empty(0, requires_grad=True), self.recorder, self.look_up)
+        return SimpleNamespace(keys=lambda: self.keys, values=lambda: sums)
+
+
+class _SequenceTables(nn.Module):
+    """Takes and gives what a sharded EmbeddingCollection does."""
+
+    def __init__(self, recorder: StepRecorder, lists: dict[str, int], width: int) -> None:
+        super().__init__()
+        self.recorder, self.lists, self.width = recorder, lists, width
+
+    def forward(self, sparse: Any) -> Any:
+        each = list(self.lists.values())
+        look_up = LookUp("sequences", sum(each), 1, self.width)
+        parts = _LookUp.apply(torch.empty(0, requires_grad=True), self.recorder, look_up).split(each)
+        return {
+            key: SimpleNamespace(values=lambda part=part: part) for key, part in zip(self.lists, parts, strict=True)
+        }
+
+
+class _LookUp(Function):
+    @staticmethod
+    def forward(ctx, weights, recorder, look_up):
+        ctx.recorder, ctx.weights = recorder, (weights.shape, weights.dtype)
+        ctx.number = recorder.look_up(look_up)
+        output_MD = torch.empty(look_up.bags, look_up.dim)
+        recorder.is_output(ctx.number, output_MD)
+        return output_MD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_MD):
+        ctx.recorder.look_up_ends(ctx.number)
+        shape, dtype = ctx.weights
+        return gradient_MD.new_empty(shape, dtype=dtype), None, None
+
+
+class _Unfilled(TorchDispatchMode):
+    """For building a model whose weights are never looked at: what asks for a value is told 0."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return 0 if func is aten._local_scalar_dense.default else func(*args, **(kwargs or {}))

@@ -1,0 +1,108 @@
+"""What a rank does for the exchange of one memory in a step, beside sending: the time of `cost` is made of it.
+
+`Work` is counted from the code of the strategies (msn_dist/sharding).  Passes over device memory are counted where a
+strategy writes tensors of its own: encoding, decoding and adding up what travels, the division of gradients by W.
+
+Symbols as in docs/exchange.md: m bags of a rank, L hits a bag, n slots, D value width, e bytes of a value, W ranks,
+E(W) owners that a bag hits, U(R) distinct rows that R ranks hit.  Hits on an owner are those of the busiest one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from msn_dist.memory.values import VALUE_DTYPES
+from msn_dist.planner.layout import Layout
+from msn_dist.planner.load import Load
+from msn_dist.sharding.wire import row_bytes
+
+_FLOAT = 4  # bytes of float32, in which sums and gradients are
+
+
+@dataclass
+class Work:
+    """In one step, forward and backward together unless a name says else."""
+
+    bucketed: float = 0.0  # hits sorted by owner
+    distinct: float = 0.0  # numbers among which the distinct ones are found
+    read: float = 0.0  # hits looked up, each a row of `row_bytes`
+    updated: float = 0.0  # hits whose rows' sums of gradients are stepped
+    row_bytes: float = 0.0
+    forward: list[float] = field(default_factory=list)  # bytes of each pass over device memory, read and written
+    backward: list[float] = field(default_factory=list)
+
+
+def exchange_work(layout: Layout, load: Load, dim: int) -> Work:
+    """The work of the busiest owner."""
+    work = _by_kernels(layout, load, dim)
+    if layout.lookup == "reference" and work.read:
+        element = VALUE_DTYPES[layout.value_dtype].itemsize
+        work.forward += _in_torch(work.read, dim, element)
+        work.backward += _in_torch_backward(work.updated, load.rows(layout.world) / layout.world, dim, element)
+        work.distinct += work.updated
+        work.read = work.updated = 0.0
+    return work
+
+
+def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
+    world, hits = layout.world, load.bags * load.hits
+    element = VALUE_DTYPES[layout.value_dtype].itemsize
+    if world == 1:
+        return Work(read=hits, updated=hits, row_bytes=dim * element, forward=[16 * hits])
+    busiest = load.owner_load(world, once=layout.strategy == "row_gather_unique")
+    match layout.strategy:
+        case "row_pooled" | "row_pooled_sparse" | "two_level":
+            sparse = layout.strategy == "row_pooled_sparse"
+            sums = load.bags * (load.owners_of_bag(world) if sparse else world)
+            work = Work(bucketed=hits, read=hits * busiest, updated=hits * busiest, row_bytes=dim * element)
+            work.forward = [40 * hits, *_coded(layout.wire, sums, dim)]
+            if sparse:  # pairs are counted and found, first hits are marked and unmarked, sums are added to their bags
+                work.forward += [17 * world * load.bags, 16 * world * load.bags, 16 * sums, 24 * sums]
+                work.forward += [9 * hits, 9 * hits, 3 * sums * dim * _FLOAT]
+            else:
+                work.forward += [9 * world * load.bags, sums * dim * _FLOAT]
+            # the gradient of a sum, once for each owner; divided by W
+            work.backward = [8 * hits, sums * dim * _FLOAT, *_coded(layout.wire, sums, dim), 2 * sums * dim * _FLOAT]
+        case "row_gather" | "row_gather_unique":
+            unique = layout.strategy == "row_gather_unique"
+            rows = load.rows(1) if unique else hits
+            work = Work(read=rows * busiest, updated=rows * busiest, row_bytes=dim * element)
+            work.bucketed, work.distinct = (0, hits) if unique else (hits, 0)
+            work.forward = [40 * hits, *_coded(layout.wire, rows, dim), hits * dim * _FLOAT]
+            # embedding_bag's backward: rows of zeros, a weighted gradient a hit added to them; the weights' products
+            at_home = [rows * dim * _FLOAT, 3 * hits * dim * _FLOAT, 2 * hits * dim * _FLOAT]
+            work.backward = [*at_home, *_coded(layout.wire, rows, dim), 2 * rows * dim * _FLOAT]
+        case "column":
+            columns = -(-dim // world)
+            all_hits, rows = world * hits, load.rows(world)
+            work = Work(distinct=all_hits)
+            work.forward = [24 * all_hits, *_in_torch(all_hits, columns, element)]
+            work.forward += _coded(layout.wire, world * load.bags, columns)
+            work.backward = [*_in_torch_backward(all_hits, rows, columns, element)]
+            work.backward += _coded(layout.wire, world * load.bags, columns)
+        case "replicated":
+            table = load.slots * dim * _FLOAT
+            work = Work(forward=[24 * hits, *_in_torch(hits, dim, element)])
+            gradients = [4 * hits * dim * _FLOAT, 3 * hits * dim * _FLOAT]
+            # zeros, encode, decode and add up the parts of a block; the new rows of all, which come in float32
+            work.backward = [*gradients, table, *_coded(layout.wire, load.slots, dim), 2 * table, 2 * table, 2 * table]
+        case _:
+            raise ValueError(f"unknown strategy {layout.strategy!r}")
+    return work
+
+
+def _coded(wire: str, rows: float, dim: int) -> list[float]:
+    """Encoding and decoding of so many rows; float32 travels as it is."""
+    return [] if wire == "fp32" else [rows * (_FLOAT * dim + row_bytes(wire, dim))] * 2
+
+
+def _in_torch(hits: float, dim: int, element: int) -> list[float]:
+    """ReferenceLookup.read: the rows, times their weights, added to their bags."""
+    row = dim * _FLOAT
+    return [hits * (dim * element + row), 2 * hits * row, 3 * hits * row]
+
+
+def _in_torch_backward(hits: float, rows: float, dim: int, element: int) -> list[float]:
+    """ReferenceLookup.update: the weights' products, gradients of hits, of distinct rows, and a step of these."""
+    row = dim * _FLOAT
+    return [2 * hits * row, 2 * hits * row, 3 * hits * row, 3 * hits * row, rows * (2 * dim * element + 6 * row)]

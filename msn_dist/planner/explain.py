@@ -1,0 +1,116 @@
+"""A plan as people read it on a terminal, 80 columns wide."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from msn_dist.planner.machine import Collective, Curve, Latency, Machine
+from msn_dist.planner.plan_file import PlanFile, Rival
+
+WIDTH = 80
+_GIB, _MIB = 2**30, 2**20
+
+
+def explain(plan: PlanFile) -> RenderableType:
+    """What was chosen, why, what it takes, and what came next."""
+    fullest = max(range(plan.world_size), key=lambda rank: plan.bytes_W[rank])
+    parts: list[RenderableType] = [_heading(plan), Text()]
+    side_by_side = Table.grid(padding=(0, 3))
+    side_by_side.add_row(_memory(plan, fullest), _time(plan))
+    parts.append(side_by_side)
+    if plan.rivals:
+        parts += [Text(), _rivals(plan)]
+        if any(rival.rounds for rival in plan.rivals):
+            parts.append(Text("What names a wire or values rounds more than the config: --round allows it."))
+    return Group(*parts)
+
+
+def _heading(plan: PlanFile) -> Table:
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(style="bold")
+    lines.add_column(max_width=WIDTH - 12, overflow="fold")
+    nodes = plan.world_size // plan.ranks_per_node
+    ranks = f"{plan.world_size} rank{'s' * (plan.world_size > 1)}"
+    lines.add_row("plan", f"{plan.config} on {plan.topology}: {ranks}, {nodes} x {plan.ranks_per_node}, {plan.machine}")
+    if plan.memory is not None:
+        memory = plan.memory
+        lines.add_row("memory", f"{memory.strategy}, values {memory.value_dtype}, wire {memory.wire}")
+    lines.add_row("for", plan.demand)
+    lines.add_row("because", plan.reason)
+    return lines
+
+
+def _memory(plan: PlanFile, rank: int) -> Table:
+    table = Table(title=f"rank {rank}, the fullest", title_justify="left", box=None, pad_edge=False)
+    table.add_column("memory")
+    table.add_column("GiB", justify="right")
+    table.add_column("mean", justify="right")
+    for kind, bytes_W in plan.storage.items():
+        if max(bytes_W):
+            table.add_row(kind, _gib(bytes_W[rank]), _gib(sum(bytes_W) / len(bytes_W)))
+    total_W = plan.bytes_W
+    table.add_row("total", _gib(total_W[rank]), _gib(sum(total_W) / len(total_W)), style="bold")
+    table.add_row("may fill", _gib(plan.capacity), "")
+    return table
+
+
+def _time(plan: PlanFile) -> Table:
+    table = Table(title="a step", title_justify="left", box=None, pad_edge=False)
+    table.add_column("time")
+    for name in ("ms", "hidden", "sent MiB"):
+        table.add_column(name, justify="right")
+    for phase in plan.phases:
+        if phase.seconds:
+            hidden = f"{1e3 * phase.hidden:.2f}" if phase.hidden else ""
+            sent = f"{phase.sent / _MIB:.1f}" if phase.sent else ""
+            table.add_row(phase.name, f"{1e3 * phase.seconds:.2f}", hidden, sent)
+    sent = sum(phase.sent for phase in plan.phases)
+    table.add_row("critical path", f"{1e3 * plan.seconds:.2f}", "", f"{sent / _MIB:.1f}" if sent else "", style="bold")
+    if plan.memory is not None:
+        table.add_row("busiest owner / mean", f"{plan.owner_load:.2f}", "", "")
+    return table
+
+
+def _rivals(plan: PlanFile) -> Table:
+    table = Table(title="not chosen", title_justify="left", box=None, pad_edge=False)
+    table.add_column("memory")
+    for name in ("ms", "GiB"):
+        table.add_column(name, justify="right")
+    table.add_column("step; most of it in (ms)")
+    for rival in sorted(plan.rivals, key=lambda rival: rival.rounds):
+        table.add_row(_name(rival, plan), f"{1e3 * rival.seconds:.2f}", _gib(rival.bytes), rival.why)
+    return table
+
+
+def _name(rival: Rival, plan: PlanFile) -> str:
+    """Its strategy, and after a plus what else is rounded."""
+    parts = [rival.memory.strategy]
+    if rival.memory.wire != plan.memory.wire:
+        parts.append(rival.memory.wire)
+    if rival.memory.value_dtype != plan.memory.value_dtype:
+        parts.append(rival.memory.value_dtype)
+    return " ".join(parts)
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:,.2f}" if size < 100 * _GIB else f"{size / _GIB:,.0f}"
+
+
+def explain_machine(machine: Machine) -> Table:
+    """A profile: each rate at the smallest and the largest size measured."""
+    table = Table(title=f"{machine.name}, {machine.ranks} at once", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for name in ("from", "to", "source"):
+        table.add_column(name, justify="right")
+    for name in Machine.model_fields:
+        value = getattr(machine, name)
+        if isinstance(value, Curve):
+            rates = [rate for _, rate in value.points]
+            table.add_row(name, f"{rates[0]:.3g}/s", f"{rates[-1]:.3g}/s", value.source)
+        elif isinstance(value, Latency):
+            table.add_row(name, f"{1e6 * value.seconds:.3g} us", "", value.source)
+        elif isinstance(value, Collective):
+            table.add_row(name, f"{1e6 * value.latency:.3g} us", f"{value.bandwidth:.3g} B/s", value.source)
+    return table

@@ -1,0 +1,221 @@
+"""A sharded value table of rank 0 that needs no other ranks and no kernels, for counting what its code holds.
+
+Its exchange returns empty buffers of the size that is expected where owners are hit alike.  Everything is to be run
+under fake tensors.
+
+Shape suffixes: M bags of a rank, L hits a bag, H hits, W ranks, G bags looked up, R rows of a table, D value width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from msn_dist.memory.health import SlotUsage
+from msn_dist.memory.placement import Placement
+from msn_dist.memory.values import VALUE_DTYPES
+from msn_dist.planner.gpu_rules import sorted_bytes
+from msn_dist.planner.layout import Layout
+from msn_dist.sharding.buckets import Buckets
+from msn_dist.sharding.column import Column
+from msn_dist.sharding.exchange import Flight
+from msn_dist.sharding.hits import Hits
+from msn_dist.sharding.local import Local
+from msn_dist.sharding.lookup import ReferenceLookup, ValueOptimizer
+from msn_dist.sharding.replicated import Replicated, _ReplicatedLookup
+from msn_dist.sharding.sharded_values import ShardedMemoryValues
+from msn_dist.sharding.strategies import STRATEGIES
+from msn_dist.sharding.streams import Aside
+from msn_dist.sharding.two_level import TwoLevel
+from msn_dist.sharding.wire import wires
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Counts that depend on where hits fall."""
+
+    layout: Layout
+    slots: int
+    bags: int
+    hits: int
+    of_a_rank: int | None  # distinct rows of its hits
+
+    @property
+    def block(self) -> int:
+        return -(-self.slots // self.layout.world)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a bag and an owner with a hit: the hits of a bag fall on W (1 - (1 - 1 / W)^L) owners."""
+        world = self.layout.world
+        return round(self.bags * world * (1 - (1 - 1 / world) ** self.hits))
+
+    def distinct(self, rows_of_hits: Tensor) -> int:
+        """Rows that these fall on, of R that they may: R (1 - (1 - 1 / R)^hits)."""
+        if self.of_a_rank is not None and rows_of_hits.ndim == 2:
+            return self.of_a_rank
+        one_owner = rows_of_hits.ndim == 1 and self.layout.strategy not in ("column", "replicated")
+        rows, hits = self.block if one_owner else self.slots, rows_of_hits.numel()
+        return min(rows, hits, round(-rows * math.expm1(hits * math.log1p(-1 / rows)))) if rows > 1 else 1
+
+    def answer(self) -> list:
+        """What the counts that ranks tell each other say, as the strategies read them."""
+        world, bags = self.layout.world, self.bags
+        each, total = [bags] * world, bags * self.hits
+        match self.layout.strategy:
+            case "column":
+                return each
+            case "row_gather":
+                return [_split(total, world)] * 2
+            case "row_gather_unique":
+                return [_split(self.distinct(torch.empty(bags, self.hits, device="meta")), world)] * 2
+            case "row_pooled_sparse":
+                return [[_split(total, world), _split(self.pairs, world)]] * 2
+        return [[_split(total, world), each]] * 2
+
+
+def _split(total: int, parts: int) -> list[int]:
+    return [total * (part + 1) // parts - total * part // parts for part in range(parts)]
+
+
+class _Told(Tensor):
+    """Counts that have come from other ranks: whatever is done with them, `tolist` gives the expected ones."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        told = next(leaf for leaf in tree_leaves(args) if isinstance(leaf, cls))
+        return told.answer if getattr(func, "__name__", "") == "tolist" else told
+
+
+class LoopbackExchange:
+    """As sharding.exchange.Exchange, without other ranks."""
+
+    memory = "a memory"
+    group = None
+    rank = 0
+
+    def __init__(self, expected: Expected) -> None:
+        self.world = expected.layout.world
+        self._told = torch.empty(0).as_subclass(_Told)
+        self._told.answer = expected.answer()
+
+    def start(self, direction: str, name: str, sent: Tensor, send_splits: list, receive_splits: list) -> Flight:
+        received = sent.new_empty(sum(receive_splits), *sent.shape[1:])
+        return _Underway(received, sent.contiguous())
+
+    def swap_counts(self, counts_WC: Tensor) -> Flight:
+        return Flight(self._told)
+
+
+class _Underway(Flight):
+    def __init__(self, received: Tensor, sent: Tensor) -> None:
+        super().__init__(received)
+        self._sent = sent
+
+    def wait(self) -> Tensor:
+        self._sent = None
+        return self._received
+
+
+class _FbgemmStandIn:
+    """What FBGEMM's table-batched embedding holds on a CPU, where its update needs no tensor but its result."""
+
+    name = "fbgemm"
+
+    def __init__(self, rows: int, dim: int, dtype: torch.dtype) -> None:
+        self.dim, self.weight_RD = dim, torch.empty(rows, dim, dtype=dtype)
+        self.anchor = torch.zeros((), requires_grad=True)
+        self._last: tuple[Tensor, ...] = ()
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._last)
+
+    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
+        self._last = hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype)  # for its statistics, until the next look-up
+        pooled_GD = hits.rows_H.new_empty(len(hits.offsets_G1) - 1, self.dim, dtype=torch.float32)
+        if update_follows:
+            hits.tape = pooled_GD, hits.weights_H
+        return pooled_GD.detach()
+
+    def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
+        tape = hits.tape or self.read(hits)
+        hits.tape = None
+        gradient_H = None if hits.weights_H is None else torch.empty_like(hits.weights_H)
+        del tape  # there until it has been run through
+        return gradient_H
+
+
+class _TritonStandIn:
+    """What sharding.triton_lookup and its kernels hold."""
+
+    name = "triton"
+
+    def __init__(self, rows: int, dim: int, dtype: torch.dtype) -> None:
+        self.rows, self.dim, self.weight_RD = rows, dim, torch.empty(rows, dim, dtype=dtype)
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
+        return hits.rows_H.new_empty(len(hits.offsets_G1) - 1, self.dim, dtype=torch.float32)
+
+    def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
+        gradient_GD = gradient_GD.contiguous()
+        gradient_H = None if hits.weights_H is None else torch.empty_like(hits.weights_H)
+        scratch = hits.rows_H.new_empty(sorted_bytes(len(hits.rows_H), self.rows, self.dim), dtype=torch.uint8)
+        if hits.size is None:  # bags of different sizes
+            bag_H = hits.rows_H.new_empty(len(hits.rows_H), dtype=torch.int32)
+            del bag_H
+        del scratch
+        return gradient_H
+
+
+def _kernel_buckets(row_ML: Tensor, block: int, world: int) -> tuple[Buckets, Tensor]:
+    """Of `bucket_rows_by_kernel`."""
+    order_H = torch.empty(row_ML.numel(), dtype=torch.int64)
+    row_H = torch.empty(row_ML.numel(), dtype=torch.int32 if block < 2**31 else torch.int64)
+    return Buckets(order_H, torch.zeros(world, len(row_ML), dtype=torch.int64)), row_H
+
+
+_STAND_INS = {"fbgemm": _FbgemmStandIn, "triton": _TritonStandIn}
+
+
+def bare_table(expected: Expected, dim: int, exchange: LoopbackExchange) -> ShardedMemoryValues:
+    """The sharded table of rank 0, as its constructor makes it, without a process group."""
+    layout, slots = expected.layout, expected.slots
+    strategy = Local if layout.world == 1 else STRATEGIES[layout.strategy]
+    device, dtype, optimizer = torch.device("cpu"), VALUE_DTYPES[layout.value_dtype], ValueOptimizer()
+    values = strategy.__new__(strategy)
+    nn.Module.__init__(values)
+    values.slots, values.dim, values.placement = slots, dim, Placement.permuted(slots)
+    values.exchange = exchange
+    values.wire = layout.wire if layout.world > 1 else "fp32"
+    values.values_wire, values.gradient_wire = wires(values.wire, device, seed=0)
+    values._aside = Aside(device)
+    rows = slots
+    if strategy is Column:
+        columns = -(-dim // layout.world)
+        values.lookup = ReferenceLookup(slots, columns, optimizer, device, dtype, 0, values._mean_square)
+        values.row_dtype = torch.int32 if slots < 2**31 else torch.int64
+        values._first_row, rows = 0, expected.block
+    elif strategy is Replicated:
+        values.lookup = _ReplicatedLookup(
+            slots, dim, optimizer, device, dtype, 0, exchange=values.exchange, wire=values.gradient_wire
+        )
+    else:
+        values.block = rows = expected.block
+        values.row_dtype = torch.int32 if rows < 2**31 else torch.int64
+        stand_in = _STAND_INS.get(layout.lookup)
+        values.lookup = stand_in(rows, dim, dtype) if stand_in else ReferenceLookup(rows, dim, optimizer, device, dtype)
+        if layout.lookup == "triton":
+            values.bucketed = lambda slots_ML: _kernel_buckets(
+                values.placement.row_of(slots_ML), values.block, layout.world
+            )
+    if strategy is TwoLevel:
+        values.ranks_per_node = layout.ranks_per_node
+    values.usage = SlotUsage(rows, device)
+    return values

@@ -1,0 +1,142 @@
+"""A plan as a file: what `msn plan` writes, `msn train --plan` follows and the report shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from msn_dist.config import MemoryConfig, Part, RunConfig, parse
+from msn_dist.errors import InputError
+
+_FREE = {"memory.strategy", "memory.wire", "memory.value_dtype"}  # what the plan itself decides
+
+
+class PlannedMemory(Part):
+    """Of every memory; the names are those of MemoryConfig."""
+
+    strategy: str
+    wire: str
+    value_dtype: str
+
+
+class PlannedTable(Part):
+    """Where an id table lies: whole on one rank, or in blocks of rows over all."""
+
+    sharding: Literal["table_wise", "row_wise"]
+    rank: NonNegativeInt | None = None  # of a whole one
+
+
+class PlannedPhase(Part):
+    """Seconds of a step; `hidden` of them beside other phases; bytes that a rank sends."""
+
+    name: str
+    seconds: float
+    hidden: float
+    sent: float
+
+
+class Rival(Part):
+    """A layout that was not chosen, and why; times of a whole step in seconds, bytes of the fullest rank."""
+
+    memory: PlannedMemory
+    seconds: float
+    bytes: int
+    rounds: bool  # more than the config does
+    why: str
+
+
+class PlanFile(Part):
+    """A priced plan for one config on one topology."""
+
+    version: Literal[1] = 1
+    config: str  # its name
+    topology: str
+    machine: str
+    date: str
+    demand: str  # what a step is taken to ask for
+    world_size: PositiveInt
+    ranks_per_node: PositiveInt
+    settings: dict[str, Any]  # of the config, as far as the plan depends on them
+    memory: PlannedMemory | None
+    id_tables: dict[str, dict[str, PlannedTable]]  # by module and table
+    capacity: int  # bytes that a rank may fill
+    storage: dict[str, list[int]]  # bytes of each rank, by kind
+    phases: list[PlannedPhase]
+    owner_load: float  # of the busiest owner over the mean
+    reason: str
+    rivals: list[Rival]
+    seconds_over_ranks: dict[str, list[list[float]]]  # of a step by strategy: [ranks, seconds]
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(phase.seconds - phase.hidden for phase in self.phases)
+
+    @property
+    def bytes_W(self) -> list[int]:
+        """In all, on each rank."""
+        return [sum(kinds) for kinds in zip(*self.storage.values(), strict=True)]
+
+    def applied_to(self, config: RunConfig) -> RunConfig:
+        """The config that trains as planned; InputError if it is not the one that was planned for."""
+        now = settings_of(config)
+        for key in sorted(now.keys() | self.settings.keys()):
+            if now.get(key) != self.settings.get(key):
+                raise InputError(
+                    f"the plan was made for {key}={self.settings.get(key)!r}, and the config has {now.get(key)!r}; "
+                    "plan again, or train without --plan"
+                )
+        if self.memory is None or config.memory is None:
+            return config
+        tree = config.memory.model_dump() | self.memory.model_dump()
+        return config.model_copy(update={"memory": parse(MemoryConfig, tree, "the plan's memory")})
+
+    def require_ranks(self, world_size: int, ranks_per_node: int) -> None:
+        """InputError if the run has other ranks than the plan."""
+        if (world_size, ranks_per_node) != (self.world_size, self.ranks_per_node):
+            raise InputError(
+                f"the plan is for {_ranks(self.world_size, self.ranks_per_node)}, and this run has "
+                f"{_ranks(world_size, ranks_per_node)}; plan for these, or start as planned"
+            )
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """Keys of a config that a plan depends on, without those that it decides."""
+    tree = config.model_dump(mode="json")
+    chosen = {
+        "model": tree["model"],
+        "memory": tree["memory"] or {},
+        "data": {"batch_size": config.data.batch_size},
+        "training": {"precision": config.training.precision},
+    }
+    flat = {f"{part}.{key}": value for part, keys in chosen.items() for key, value in keys.items()}
+    return {key: value for key, value in flat.items() if key not in _FREE}
+
+
+def load_plan(path: str | Path) -> PlanFile:
+    """Read a file of `msn plan`; InputError if it is none."""
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this plan ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is no plan of `msn plan`, as it is not valid JSON ({error})") from None
+    if not isinstance(tree, dict) or "seconds_over_ranks" not in tree:
+        raise InputError(f"{path}: is no plan of `msn plan`; that command writes one with --output")
+    return parse(PlanFile, tree, str(path))
+
+
+def write_plan(plan: PlanFile, path: str | Path) -> None:
+    """InputError if there is no folder to write it to."""
+    try:
+        Path(path).write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot write the plan here ({error.strerror})") from None
+
+
+def _ranks(world: int, per_node: int) -> str:
+    nodes = world // per_node
+    return f"{world} rank{'s' * (world > 1)} ({nodes} node{'s' * (nodes > 1)} of {per_node})"

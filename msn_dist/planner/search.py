@@ -1,0 +1,168 @@
+"""Prices every layout of a situation, and chooses: the fastest that fits, without a change of the numbers.
+
+Layouts that round more than the config says (16 bits a value, 16 or 8 on the wire) are priced as well, and chosen if
+that is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import get_args
+
+from msn_dist.config import Strategy
+from msn_dist.errors import InputError
+from msn_dist.memory.values import VALUE_DTYPES
+from msn_dist.planner.cost import StepTime, step_time
+from msn_dist.planner.dense_trace import StepTrace, trace_step
+from msn_dist.planner.id_placement import IdPlan, place_ids
+from msn_dist.planner.layout import Layout
+from msn_dist.planner.situation import Situation
+from msn_dist.planner.storage import Storage, memory_rows, rank_storage
+
+_NARROWER = {"fp32": ("fp32", "bf16"), "bf16": ("bf16",), "fp16": ("fp16",)}
+_ROUNDING, _WORTH = 3, 0.99  # layouts that round more are priced in full if they are among the fastest and win so much
+_WIRES = ("fp32", "bf16", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A layout with what it costs."""
+
+    layout: Layout
+    time: StepTime
+    storage_W: list[Storage]  # of each rank
+    capacity: int  # bytes that a rank may fill
+
+    @property
+    def fullest(self) -> int:
+        """Bytes of the rank with most."""
+        return max(storage.total for storage in self.storage_W)
+
+    @property
+    def short(self) -> int:
+        """Bytes that the fullest rank lacks; 0 if it fits."""
+        return max(0, self.fullest - self.capacity)
+
+
+class Search:
+    """Traces the model once; every layout is then a matter of arithmetic.
+
+    `traces` keeps traces from one search to the next, and `ids` may be a placement that is good enough.  NoRoom if the
+    id tables fit beside no layout.
+    """
+
+    def __init__(
+        self, situation: Situation, traces: dict[str, StepTrace] | None = None, ids: IdPlan | None = None
+    ) -> None:
+        self.situation = situation
+        self.trace = _traced(situation, {} if traces is None else traces)
+        self.layouts = list(self._layouts()) if situation.memory else [situation.bare_layout]
+        if ids is None:
+            least = min((layout for layout in self.layouts if self.exact(layout)), key=self._memory_bytes)
+            without = max(storage.total for storage in self._storage_W(least, []))
+            nothing_fits = without > situation.topology.device_bytes
+            ids = IdPlan([], 0.0) if nothing_fits else place_ids(situation, without)
+        self.ids = ids
+        self._times = {layout: step_time(situation, layout, self.trace, ids.seconds) for layout in self.layouts}
+        # where the host is what is waited for, the device decides
+        self._by_time = sorted(self.layouts, key=lambda one: (self._times[one].seconds, self._times[one].device))
+
+    def priced(self) -> list[Priced]:
+        """Those that fit by time, then the others by what they lack.
+
+        Of layouts that round more than the config, the fastest few.
+        """
+        exact = min(self._times[layout].seconds for layout in self._by_time if self.exact(layout))
+        faster = [layout for layout in self._by_time if self._times[layout].seconds < _WORTH * exact]
+        rounding = [layout for layout in faster if not self.exact(layout)][:_ROUNDING]
+        priced = [self._price(layout) for layout in self._by_time if layout in rounding or self.exact(layout)]
+        return sorted(priced, key=lambda one: one.short)
+
+    def fastest(self) -> Priced | None:
+        """The first as exact as the config that fits."""
+        priced = (self._price(layout) for layout in self._by_time if self.exact(layout))
+        return next((one for one in priced if not one.short), None)
+
+    def _price(self, layout: Layout) -> Priced:
+        storage_W = self._storage_W(layout, self.ids.tables)
+        return Priced(layout, self._times[layout], storage_W, self.situation.topology.device_bytes)
+
+    def exact(self, layout: Layout) -> bool:
+        """Whether the numbers are those of the config."""
+        memory = self.situation.memory
+        return memory is None or (layout.wire, layout.value_dtype) == (memory.wire, memory.value_dtype)
+
+    def seconds_over_ranks(self) -> dict[str, list[list[float]]]:
+        """{strategy: [[ranks, seconds a step], ...]} on more and fewer nodes, with as many rows a rank."""
+        here, memory = self.situation, self.situation.memory
+        curves: dict[str, list[list[float]]] = {}
+        for topology in _sizes(here):
+            batch = here.rows * topology.world
+            data = here.config.data.model_copy(update={"batch_size": batch})
+            config = here.config.model_copy(update={"data": data})
+            there = Situation(config, here.schema, topology, here.machine, here.popularity)
+            for strategy in get_args(Strategy) if memory else ():
+                if _why_not(there, strategy) is None:
+                    layout = there.layout(strategy, memory.wire, memory.value_dtype)
+                    seconds = step_time(there, layout, self.trace, self.ids.seconds).seconds
+                    curves.setdefault(strategy, []).append([topology.world, seconds])
+        return curves
+
+    def _layouts(self) -> Iterator[Layout]:
+        """Every one that the ranks allow; InputError with the reasons if there is none."""
+        memory, world = self.situation.memory, self.situation.topology.world
+        reasons = {strategy: _why_not(self.situation, strategy) for strategy in get_args(Strategy)}
+        if all(reasons.values()):
+            raise InputError("no strategy can serve this memory: " + "; ".join(reasons.values()))
+        possible = [strategy for strategy, reason in reasons.items() if reason is None]
+        if world == 1:  # all strategies are one, and nothing travels
+            possible, wires = [memory.strategy], [memory.wire]
+        else:
+            wires = _WIRES[_WIRES.index(memory.wire) :]
+        for strategy in possible:
+            for dtype in _NARROWER[memory.value_dtype]:
+                for wire in wires:
+                    yield self.situation.layout(strategy, wire, dtype)
+
+    def _storage_W(self, layout: Layout, tables: list) -> list[Storage]:
+        return rank_storage(self.situation.config, self.situation.schema, layout, self.trace, tables)
+
+    def _memory_bytes(self, layout: Layout) -> int:
+        rows, columns, state, _ = memory_rows(self.situation.config, layout, 0)
+        return rows * columns * VALUE_DTYPES[layout.value_dtype].itemsize + 4 * state
+
+
+def _why_not(situation: Situation, strategy: str) -> str | None:
+    """Why these ranks cannot have it, or None."""
+    topology, slots, dim = situation.topology, situation.slots, situation.dim
+    world = topology.world
+    if world == 1:
+        return None
+    if strategy == "two_level" and 1 in (topology.nodes, topology.ranks_per_node):
+        return "two_level needs several nodes of several ranks"
+    if strategy == "column" and -(-dim // world) * (world - 1) >= dim:
+        return f"column: values of width {dim} leave a rank of {world} without columns"
+    if strategy != "column" and -(-slots // world) * (world - 1) >= slots:
+        return f"{strategy}: {slots} slots leave a rank of {world} without rows"
+    return None
+
+
+def _sizes(situation: Situation) -> list:
+    """Topologies with 1, 2, 4, ... nodes, or ranks of the one node where a GPU's profile holds for any number."""
+    topology = situation.topology
+    if topology.nodes > 1:
+        return [topology.model_copy(update={"nodes": 2**i}) for i in range((4 * topology.nodes).bit_length())]
+    if situation.machine.kind == "cpu":
+        return [topology]
+    counts = [2**i for i in range(topology.ranks_per_node.bit_length())]
+    return [topology.model_copy(update={"ranks_per_node": count}) for count in counts]
+
+
+def _traced(situation: Situation, traces: dict[str, StepTrace]) -> StepTrace:
+    config = situation.config
+    depends_on = (situation.rows, config.model, config.memory, config.training.precision, config.optimizer.dense)
+    key = "|".join(map(str, depends_on))
+    if key not in traces:
+        traces[key] = trace_step(config, situation.schema, situation.rows, situation.machine.kind)
+    return traces[key]

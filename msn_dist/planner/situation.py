@@ -1,0 +1,126 @@
+"""What a plan is for: a config, its features, the ranks, what they can do, and which slots are in demand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from msn_dist.config import MemoryConfig, RunConfig
+from msn_dist.data.schema import Schema
+from msn_dist.errors import InputError
+from msn_dist.memory.values import VALUE_DTYPES
+from msn_dist.planner.layout import Layout
+from msn_dist.planner.load import Load
+from msn_dist.planner.machine import Machine
+from msn_dist.planner.topology import Topology
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """Which slots are hit: all alike, by Zipf's law on both axes of sub-keys, or as a run has counted."""
+
+    zipf: float | None = None
+    usage: Mapping[str, Any] | None = None  # a layer of memory_usage.json
+
+    def load(self, slots: int, bags: int, hits: int, groups: int) -> Load:
+        """Of one rank."""
+        if self.usage is not None:
+            return Load.from_usage(slots, bags, hits, self.usage)
+        if self.zipf is not None:
+            return Load.zipf(slots, bags, hits, self.zipf, groups)
+        return Load.uniform(slots, bags, hits)
+
+    def __str__(self) -> str:
+        if self.usage is not None:
+            return "as counted in a run"
+        return f"Zipf {self.zipf:g} on both axes" if self.zipf is not None else "all slots alike"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Raises InputError if the batch has fewer rows than there are ranks, or the profile is not of this topology."""
+
+    config: RunConfig
+    schema: Schema
+    topology: Topology
+    machine: Machine
+    popularity: Popularity = Popularity()
+
+    def __post_init__(self) -> None:
+        topology, batch = self.topology, self.config.data.batch_size
+        if batch < topology.world:
+            raise InputError(f"data.batch_size={batch} leaves some of {topology.world} ranks without a row; raise it")
+        if self.machine.kind == "cpu" and self.machine.ranks != topology.ranks_per_node:
+            raise InputError(
+                f"the profile of {self.machine.name} was measured with {self.machine.ranks} ranks at once, and the "
+                f"topology has {topology.ranks_per_node} on a node, which share its cores; "
+                f"run msn calibrate --nproc {topology.ranks_per_node}"
+            )
+
+    def with_config(self, config: RunConfig) -> Situation:
+        return replace(self, config=config)
+
+    @property
+    def rows(self) -> int:
+        """Of the rank with most."""
+        return -(-self.config.data.batch_size // self.topology.world)
+
+    @property
+    def memory(self) -> MemoryConfig | None:
+        return self.config.memory
+
+    @property
+    def memories(self) -> int:
+        """Tables of values."""
+        if self.memory is None:
+            return 0
+        return len(getattr(self.config.model, "layers_with_memory", [0]))
+
+    @property
+    def groups(self) -> int:
+        memory = self.memory
+        return {"all": 1, "group": memory.groups or 1, "token": self.config.model.tokens}[memory.share]
+
+    @property
+    def slots(self) -> int:
+        """n of a table."""
+        return self.memory.sub_keys**2 * self.groups
+
+    @property
+    def dim(self) -> int:
+        """D_v."""
+        return self.memory.value_dim or self.config.model.width
+
+    @property
+    def least_table_bytes(self) -> int:
+        """Values and optimizer state of all tables on a rank, if they are cut evenly."""
+        if self.memory is None:
+            return 0
+        row = self.dim * VALUE_DTYPES[self.memory.value_dtype].itemsize + 4
+        return self.memories * self.slots * row // self.topology.world
+
+    @cached_property
+    def load(self) -> Load | None:
+        """Of one table on one rank."""
+        if self.memory is None:
+            return None
+        bags, hits = self.rows * self.config.model.tokens, self.memory.heads * self.memory.top_k
+        return self.popularity.load(self.slots, bags, hits, self.groups)
+
+    @property
+    def bare_layout(self) -> Layout:
+        """Of a model without memory."""
+        return Layout(self.topology.world, self.topology.ranks_per_node, strategy="row_pooled")
+
+    def layout(self, strategy: str, wire: str, value_dtype: str) -> Layout:
+        """With the look-up that it comes to on these devices."""
+        lookup = self.memory.lookup
+        if strategy in ("column", "replicated"):
+            lookup = "reference"
+        elif lookup == "auto" and self.machine.kind == "cuda":
+            lookup = "triton" if self.dim <= 4096 else "fbgemm"
+        elif lookup == "auto":
+            lookup = "fbgemm" if value_dtype == "fp32" else "reference"
+        return Layout(self.topology.world, self.topology.ranks_per_node, strategy, wire, value_dtype, lookup)

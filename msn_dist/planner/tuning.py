@@ -1,0 +1,115 @@
+"""Sweeps the sizes of a memory and of the machine, and keeps what nothing else beats.
+
+A candidate is beaten by one that has as many memory parameters (n D_v) and as large a k, and takes no more of the
+ranks' time for a row and no more bytes a rank, unless all are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from rich.table import Table
+
+from msn_dist.errors import InputError
+from msn_dist.planner.dense_trace import StepTrace
+from msn_dist.planner.id_placement import IdPlan
+from msn_dist.planner.id_tables import NoRoom
+from msn_dist.planner.search import Priced, Search
+from msn_dist.planner.situation import Situation
+
+_GIB = 2**30
+_SCALES = {"sub_keys": (1, 2, 4), "top_k": (0.5, 1, 2), "value_dim": (0.5, 1), "rows": (0.5, 1, 2), "nodes": (1, 2)}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One candidate, in its fastest layout that fits."""
+
+    situation: Situation
+    priced: Priced
+
+    @property
+    def parameters(self) -> int:
+        """Of one memory: n D_v."""
+        return self.situation.slots * self.situation.dim
+
+    @property
+    def rank_seconds(self) -> float:
+        """Time of all ranks for a row."""
+        return self.priced.time.seconds * self.situation.topology.world / self.situation.config.data.batch_size
+
+    def beats(self, other: Tuned) -> bool:
+        mine, theirs = (
+            (one.parameters, one.situation.memory.top_k, -one.rank_seconds, -one.priced.fullest)
+            for one in (self, other)
+        )
+        return mine != theirs and all(x >= y for x, y in zip(mine, theirs, strict=True))
+
+
+def tune(situation: Situation, most_seconds: float | None, say: Callable[[str], None]) -> list[Tuned]:
+    """The Pareto set of what fits, the largest memory first; InputError without a memory, or if nothing fits."""
+    if situation.memory is None:
+        raise InputError("--tune sweeps the sizes of a memory, and this config has none; add a memory section")
+    traces: dict[str, StepTrace] = {}
+    placed: dict[tuple[int, int], IdPlan] = {}
+    found = []
+    for number, candidate in enumerate(_candidates(situation), 1):
+        say(f"candidate {number}, {len(found)} fit")
+        where = (candidate.topology.world, candidate.rows)
+        try:
+            search = Search(candidate, traces, placed.get(where))
+        except (NoRoom, InputError):
+            continue
+        placed[where] = search.ids
+        priced = search.fastest()
+        if priced is not None and (most_seconds is None or priced.time.seconds <= most_seconds):
+            found.append(Tuned(candidate, priced))
+    if not found:
+        raise InputError("no candidate of --tune is within the limits; raise --max-gib or --max-ms, or take more nodes")
+    best = [one for one in found if not any(other.beats(one) for other in found)]
+    return sorted(best, key=lambda one: (-one.parameters, one.rank_seconds))
+
+
+def tuned_table(found: list[Tuned]) -> Table:
+    """80 columns."""
+    table = Table(title="what nothing else beats", title_justify="left", box=None, pad_edge=False)
+    for name in ("sub_keys", "k", "D_v", "values", "ranks", "batch", "strategy", "ms", "rank us/row", "GiB"):
+        table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
+    for one in found:
+        here, memory, priced = one.situation, one.situation.memory, one.priced
+        table.add_row(
+            str(memory.sub_keys),
+            str(memory.top_k),
+            str(here.dim),
+            priced.layout.value_dtype,
+            str(here.topology.world),
+            str(here.config.data.batch_size),
+            priced.layout.strategy,
+            f"{1e3 * priced.time.seconds:.1f}",
+            f"{1e6 * one.rank_seconds:.1f}",
+            f"{priced.fullest / _GIB:.1f}",
+        )
+    return table
+
+
+def _candidates(situation: Situation) -> Iterator[Situation]:
+    memory, topology = situation.memory, situation.topology
+    dtypes = ["fp32", "bf16"] if memory.value_dtype == "fp32" else [memory.value_dtype]
+    nodes = _SCALES["nodes"] if topology.between_nodes is not None else (1,)
+    scales = [_SCALES[name] for name in ("sub_keys", "top_k", "value_dim", "rows")]
+    for sub_keys, top_k, width, rows, more, dtype in product(*scales, nodes, dtypes):
+        dim, hits = int(situation.dim * width), int(memory.top_k * top_k)
+        larger = topology.model_copy(update={"nodes": topology.nodes * more})
+        batch = int(situation.rows * rows) * larger.world
+        if dim % 4 or not dim or not hits or batch < larger.world or hits > memory.sub_keys * sub_keys:
+            continue
+        sizes = {"sub_keys": memory.sub_keys * sub_keys, "top_k": hits, "value_dim": dim, "value_dtype": dtype}
+        config = situation.config.model_copy(
+            update={
+                "memory": memory.model_copy(update=sizes),
+                "data": situation.config.data.model_copy(update={"batch_size": batch}),
+            }
+        )
+        yield Situation(config, situation.schema, larger, situation.machine, situation.popularity)

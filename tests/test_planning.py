@@ -1,0 +1,214 @@
+"""`msn plan` and what is behind it: the choice, its reasons, what does not fit, and bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from msn_dist.config import DataConfig, MemoryConfig, RankMixerConfig, RunConfig, TrainingConfig
+from msn_dist.data.schema import Schema
+from msn_dist.errors import InputError
+from msn_dist.planner import tuning
+from msn_dist.planner.cost import message_seconds
+from msn_dist.planner.id_tables import NoRoom
+from msn_dist.planner.load import Message
+from msn_dist.planner.machine import BUILT_IN, Curve, Machine, load_machine
+from msn_dist.planner.plan_file import PlanFile, load_plan, write_plan
+from msn_dist.planner.planning import Infeasible, plan
+from msn_dist.planner.search import Search
+from msn_dist.planner.situation import Popularity, Situation
+from msn_dist.planner.topology import Link, Topology, load_topology
+from msn_dist.planner.tuning import tune
+
+ROOT = Path(__file__).parent.parent
+TOPOLOGIES = sorted((ROOT / "configs" / "topology").glob("h200*.yaml"))
+SCHEMA = Schema(
+    name="ids",
+    tables={"user": 5_000_000, "item": 900_000, "hour": 24},
+    ids={"user": "user", "item": "item", "hour": "hour"},
+    labels=["click"],
+    group="user",
+)
+BETWEEN = Link(bandwidth_gb_s=40, latency_us=30)
+
+
+def situation(nodes: int, ranks_per_node: int, rows: int = 1024, zipf: float | None = None, gib: float = 136, **memory):
+    """On H200s, `rows` a rank."""
+    topology = Topology(
+        name="here", machine="h200", nodes=nodes, ranks_per_node=ranks_per_node, device_gib=gib, between_nodes=BETWEEN
+    )
+    config = RunConfig(
+        name="planned",
+        data=DataConfig(path="data", batch_size=rows * topology.world),
+        model=RankMixerConfig(tokens=8, width=64, layers=2),
+        memory=MemoryConfig(**{"sub_keys": 1024, "top_k": 32, "key_dim": 64} | memory),
+        training=TrainingConfig(precision="bf16"),
+    )
+    return Situation(config, SCHEMA, topology, load_machine("h200"), Popularity(zipf))
+
+
+def test_a_curve_is_straight_on_logarithmic_axes_and_constant_beyond_its_points() -> None:
+    curve = Curve(points=[[10, 100], [1000, 1]], source="measured")
+    assert curve.at(100) == pytest.approx(10)
+    assert [curve.at(1), curve.at(10), curve.at(1000), curve.at(1e9)] == [100, 100, 1, 1]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_line_of_a_built_in_profile_tells_its_source(name: str) -> None:
+    machine = load_machine(name)
+    lines = [value for value in vars(machine).values() if hasattr(value, "source")]
+    assert len(lines) >= 15
+    assert all(value.source in ("measured", "datasheet", "estimated") for value in lines)
+    if name != "h200":
+        assert not any(value.source == "measured" for value in lines), "these machines have not been measured"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "topology").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_topologies_that_come_along_are_valid(path: Path) -> None:
+    topology = load_topology(path)
+    assert topology.world == topology.nodes * topology.ranks_per_node
+    if topology.machine in BUILT_IN:
+        assert isinstance(load_machine(topology.machine), Machine)
+
+
+def test_a_message_takes_the_slower_of_its_two_links() -> None:
+    here = situation(2, 8)
+    inside = here.machine.all_to_all
+    small = Message("forward", "pooled", bytes_inside=1e9, bytes_between=1e6)
+    assert message_seconds(small, here.machine, here.topology) == pytest.approx(inside.latency + 1e9 / inside.bandwidth)
+    large = Message("forward", "pooled", bytes_inside=1e6, bytes_between=1e9, busiest=2.0)
+    assert message_seconds(large, here.machine, here.topology) == pytest.approx(BETWEEN.latency + 2e9 / 40e9)
+
+
+# what must win, and why it does: the crossovers of docs/exchange.md
+SCENARIOS = {
+    "few slots": (situation(1, 8, rows=32_768, sub_keys=64, top_k=32), "row_gather_unique"),
+    "one node": (situation(1, 8), "row_pooled"),
+    "eight nodes": (situation(8, 8, zipf=1.05), "row_gather_unique"),
+    "64 nodes": (situation(64, 8, sub_keys=65_536), "row_pooled_sparse"),
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_plan_is_the_fastest_of_what_fits_and_says_by_how_much(name: str) -> None:
+    here, expected = SCENARIOS[name]
+    found = plan(here, rounding=False, date="2026-01-01")
+    priced = [one for one in Search(here).priced() if not one.short and one.layout.wire == "fp32"]
+    exact = sorted((one for one in priced if one.layout.value_dtype == "fp32"), key=lambda one: one.time.seconds)
+    assert found.memory.strategy == exact[0].layout.strategy == expected
+    assert found.seconds == pytest.approx(exact[0].time.seconds)
+    share = exact[1].time.seconds / exact[0].time.seconds - 1
+    assert f"{exact[1].layout.strategy}, would take {share:+.1%}" in found.reason
+
+
+def test_rounding_is_chosen_only_if_it_is_allowed() -> None:
+    here = situation(8, 8)
+    exact, rounded = (plan(here, rounding=allowed, date="2026-01-01") for allowed in (False, True))
+    assert (exact.memory.wire, exact.memory.value_dtype) == ("fp32", "fp32")
+    assert rounded.seconds < exact.seconds and rounded.memory.wire != "fp32"
+    assert any(rival.rounds and rival.seconds < exact.seconds for rival in exact.rivals)
+
+
+def test_a_plan_is_written_and_read_as_it_is(tmp_path: Path) -> None:
+    found = plan(situation(2, 4), rounding=False, date="2026-01-01")
+    write_plan(found, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == found
+    assert len(found.bytes_W) == 8
+    assert set(found.id_tables["features.id_tables"]) == {"user", "item", "hour"}
+
+
+def test_what_does_not_fit_is_explained_with_changes_that_do() -> None:
+    here = situation(1, 8, gib=40, sub_keys=65_536, value_dim=64)
+    found = plan(here, rounding=False, date="2026-01-01")
+    assert isinstance(found, Infeasible)
+    lines = str(found).splitlines()
+    assert "rank 0 lacks" in lines[0] and "GiB" in lines[0]
+    changes = [line.split()[0] for line in lines[2:]]
+    assert {"memory.sub_keys=32768", "memory.value_dim=16", "nodes:"} <= set(changes)
+    for change in ("sub_keys", "value_dim"):
+        value = int(next(line for line in changes if change in line).split("=")[1])
+        smaller = situation(1, 8, gib=40, **{"sub_keys": 65_536, "value_dim": 64, change: value})
+        assert isinstance(plan(smaller, rounding=False, date="2026-01-01"), PlanFile)
+        larger = situation(1, 8, gib=40, **{"sub_keys": 65_536, "value_dim": 64, change: 2 * value})
+        assert isinstance(plan(larger, rounding=False, date="2026-01-01"), Infeasible), "a smaller change would do"
+
+
+def test_id_tables_that_fit_nowhere_are_named() -> None:
+    here = situation(1, 2, gib=1, sub_keys=64)
+    schema = SCHEMA.model_copy(update={"tables": SCHEMA.tables | {"user": 200_000_000}})
+    there = Situation(here.config, schema, here.topology, here.machine)
+    with pytest.raises(NoRoom, match="user"):
+        Search(there)
+    assert "user" in str(plan(there, rounding=False, date="2026-01-01"))
+
+
+def test_tuning_keeps_only_what_nothing_else_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"sub_keys": (1, 2), "top_k": (0.5, 1), "value_dim": (1,), "rows": (1, 2), "nodes": (1, 2)}
+    monkeypatch.setattr(tuning, "_SCALES", few)
+    found = tune(situation(1, 2, rows=64, sub_keys=128), most_seconds=None, say=lambda line: None)
+    assert len(found) > 3
+    assert not any(one.beats(other) for one in found for other in found)
+    sizes = [one.parameters for one in found]
+    assert sizes == sorted(sizes, reverse=True)
+    with pytest.raises(InputError, match="no candidate"):
+        tune(situation(1, 2, rows=64, sub_keys=128), most_seconds=1e-9, say=lambda line: None)
+
+
+def test_more_popular_slots_make_asking_for_rows_once_cheaper() -> None:
+    even, skewed = (Search(situation(8, 8, zipf=zipf)) for zipf in (None, 1.2))
+    of_unique = [
+        next(one.time.seconds for one in search.priced() if one.layout.strategy == "row_gather_unique")
+        for search in (even, skewed)
+    ]
+    assert of_unique[1] < of_unique[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("between_nodes: {bandwidth_gb_s: 0, latency_us: 5}", "between_nodes.bandwidth_gb_s.*greater than 0"),
+        ("nodes: 2", "between_nodes is missing"),
+        ("gpus: 8", "gpus"),
+        ("machine: b300", "b300: is no built-in profile"),
+    ],
+)
+def test_a_topology_that_cannot_be_is_refused(change: str, message: str, tmp_path: Path) -> None:
+    base = {"name": "x", "machine": "h200", "ranks_per_node": "8", "device_gib": "136"}
+    key, _, value = change.partition(": ")
+    lines = [f"{name}: {text}" for name, text in (base | {key: value}).items()]
+    (tmp_path / "topology.yaml").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=message):
+        load_machine(load_topology(tmp_path / "topology.yaml").machine)
+
+
+def test_a_profile_of_other_ranks_is_refused_on_a_cpu() -> None:
+    here = situation(1, 8)
+    tree = json.loads(here.machine.model_dump_json()) | {"kind": "cpu", "ranks": 2}
+    with pytest.raises(InputError, match="msn calibrate --nproc 8"):
+        Situation(here.config, SCHEMA, here.topology, Machine.model_validate(tree))
+
+
+def test_a_batch_smaller_than_the_world_is_refused() -> None:
+    here = situation(1, 8)
+    config = here.config.model_copy(update={"data": DataConfig(path="data", batch_size=5)})
+    with pytest.raises(InputError, match="batch_size=5"):
+        Situation(config, SCHEMA, here.topology, here.machine)
+
+
+def test_a_plan_is_refused_for_another_config_or_other_ranks(tmp_path: Path) -> None:
+    here = situation(1, 2, sub_keys=64)
+    found = plan(here, rounding=False, date="2026-01-01")
+    assert found.applied_to(here.config).memory.strategy == found.memory.strategy
+    other = here.config.model_copy(update={"memory": here.config.memory.model_copy(update={"top_k": 16})})
+    with pytest.raises(InputError, match="memory.top_k=32, and the config has 16"):
+        found.applied_to(other)
+    with pytest.raises(InputError, match="2 ranks .1 node of 2., and this run has 4 ranks .2 nodes of 2."):
+        found.require_ranks(4, 2)
+    (tmp_path / "no.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        load_plan(tmp_path / "no.json")
+    (tmp_path / "other.json").write_text('{"world_size": 2, "tables": []}')
+    with pytest.raises(InputError, match="is no plan of `msn plan`"):
+        load_plan(tmp_path / "other.json")

@@ -1,0 +1,139 @@
+"""The bytes that a run is predicted to take are those of its tensors, for every strategy, value dtype and block."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+from exchange_cases import LookUpCase, counted
+from storage_cases import DLRM, MEMORY, RANKMIXER, ROWS, SCHEMA, Measured, config_of, measured
+from tensor_bytes import mark, tensor_bytes
+
+from msn_dist.config import RunConfig
+from msn_dist.planner.dense_trace import trace_step
+from msn_dist.planner.exchange_storage import exchange_bytes
+from msn_dist.planner.layout import Layout
+from msn_dist.planner.plan import TableShards
+from msn_dist.planner.storage import Storage, rank_storage
+from msn_dist.sharding.strategies import STRATEGIES
+from ranks import run_ranks
+
+TOLERANCE = 0.03
+BF16 = {"value_dtype": "bf16", "value_dim": 32}
+SMOE = RANKMIXER | {"block": "msn_smoe"}
+CASES: dict[int, dict[str, RunConfig]] = {
+    1: {
+        "ffn": config_of(1, RANKMIXER | {"block": "ffn", "dropout": 0.1}, None),
+        "msn_ffn": config_of(1, RANKMIXER, MEMORY),
+        "msn_smoe bf16": config_of(1, SMOE, MEMORY | BF16, "bf16"),
+        "dlrm reference": config_of(1, DLRM, MEMORY | {"lookup": "reference"}),
+        "chunks, attention": config_of(1, RANKMIXER | {"attention": True}, MEMORY | {"chunks": 2}),
+    },
+    2: {
+        **{strategy: config_of(2, RANKMIXER, MEMORY | {"strategy": strategy}) for strategy in STRATEGIES},
+        "msn_smoe bf16 int8": config_of(2, SMOE, MEMORY | BF16 | {"wire": "int8"}, "bf16"),
+        "dlrm bf16": config_of(2, DLRM, MEMORY | {"wire": "bf16", "strategy": "row_gather_unique"}, "bf16"),
+        "attention": config_of(2, RANKMIXER | {"attention": True, "block": "gated_ffn"}, None),
+    },
+    3: {
+        "row_pooled_sparse": config_of(3, RANKMIXER, MEMORY | {"strategy": "row_pooled_sparse", "share": "token"}),
+        "column bf16": config_of(3, RANKMIXER, MEMORY | {"strategy": "column", "value_dtype": "bf16"}),
+    },
+}
+EVERY = [(world, name) for world, cases in CASES.items() for name in cases]
+
+
+def layout_of(config: RunConfig, world: int) -> Layout:
+    memory = config.memory
+    if memory is None:
+        return Layout(world, world, "row_pooled")
+    by_reference = memory.value_dtype != "fp32" or memory.strategy in ("column", "replicated")
+    lookup = "reference" if by_reference or memory.lookup == "reference" else "fbgemm"
+    return Layout(world, world, memory.strategy, memory.wire, memory.value_dtype, lookup)
+
+
+def predicted(config: RunConfig, world: int, tables: list[TableShards], distinct: int | None = None) -> list[Storage]:
+    trace = trace_step(config, SCHEMA, ROWS)
+    return rank_storage(config, SCHEMA, layout_of(config, world), trace, tables, distinct)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[int, list[dict[str, Measured]]]:
+    return {world: run_ranks(measured, world, cases) for world, cases in CASES.items()}
+
+
+@pytest.mark.parametrize(("world", "name"), EVERY)
+def test_predicted_bytes_are_those_of_the_tensors(world: int, name: str, found) -> None:
+    for rank, of_rank in enumerate(found[world]):
+        actual = of_rank[name]
+        storage = predicted(CASES[world][name], world, actual.tables, actual.distinct)[rank]
+        assert storage.values <= storage.allocated / 2, "the table hides what is to be tested"
+        total = actual.between + actual.step
+        step = storage.batch + storage.activations
+        told = (
+            f"rank {rank} of {world}, {name}: {storage.allocated:,} predicted, {total:,} measured\n"
+            f"  between steps {storage.allocated - step:,} predicted, {actual.between:,} measured\n"
+            f"  at the peak of a step {step:,} predicted, {actual.step:,} measured {actual.phases}\n  {asdict(storage)}"
+        )
+        assert abs(storage.allocated / total - 1) <= TOLERANCE, told
+
+
+ALONE = [LookUpCase(strategy, wire=wire, lookup="auto") for strategy in STRATEGIES for wire in ("fp16", "int8")]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[LookUpCase, dict[str, int]]:
+    return dict(zip(ALONE, run_ranks(counted, 2, ALONE)[0], strict=True))
+
+
+@pytest.mark.parametrize("case", ALONE, ids=lambda case: f"{case.strategy} {case.wire}")
+def test_a_look_up_alone_holds_what_its_trace_says(case: LookUpCase, alone) -> None:
+    lookup = "reference" if case.strategy in ("column", "replicated") else "fbgemm"
+    layout = Layout(2, 1, case.strategy, case.wire, case.value_dtype, lookup)
+    held = exchange_bytes(layout, case.slots, case.dim, case.bags, case.hits)
+    actual = alone[case]
+    assert held.keeps_output == (actual["output"] <= 0)
+    assert held.kept + held.saved == pytest.approx(actual["saved"], rel=TOLERANCE)
+    assert held.kept + held.forward == pytest.approx(actual["forward"], rel=TOLERANCE)
+    assert held.saved + held.backward == pytest.approx(held.saved + actual["backward"], rel=TOLERANCE)
+
+
+def paper_sized() -> RunConfig:
+    model = {"tokens": 16, "width": 1024, "layers": 4, "block": "msn_ffn"}
+    memory = {"sub_keys": 2**16, "value_dtype": "bf16", "value_dim": 16}
+    return config_of(1, RANKMIXER | model, memory, "bf16")
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_a_large_model_is_traced_without_a_tensor(device_type: str) -> None:
+    with tensor_bytes() as counted_bytes, mark("trace"):
+        trace = trace_step(paper_sized(), SCHEMA, 2048, device_type)
+    assert counted_bytes.peak("trace") < 2**20
+    assert sum(trace.parameters) > 2**30
+    assert max(span.live for span in trace.spans) > 2**31
+
+
+def test_a_gpu_is_planned_for_without_one() -> None:
+    config = paper_sized()
+    trace = trace_step(config, SCHEMA, 2048, "cuda")
+    names = {op.name for op in trace.ops if op.region == "memory"}
+    assert {"retrieve", "retrieve_backward"} <= names and "aten.topk" not in names
+    norms = {op.dtype for op in trace.ops if op.name == "aten.native_layer_norm"}
+    assert norms == {"float32"}, "autocast on CUDA normalises in float32"
+    layout = Layout(64, 8, "two_level", "bf16", "bf16", "triton")
+    storages = rank_storage(config, SCHEMA, layout, trace)
+    assert sum(storage.values for storage in storages) == 2 * 2**32 * 16 * 2
+    assert all(storage.margin > 0 and storage.total == storage.allocated + storage.margin for storage in storages)
+
+
+def test_tables_lie_where_the_plan_says() -> None:
+    config = CASES[2]["row_pooled"]
+    tables = [
+        TableShards("ids", "user", "ids", 5001, 16, "row_wise", [2501, 2500]),
+        TableShards("ids", "city", "ids", 40, 16, "table_wise", [0, 40]),
+        TableShards("backbone", "weight", "memory", 4096, 64, "row_pooled", [2048, 2048]),
+    ]
+    first, last = predicted(config, 2, tables)
+    assert (first.id_tables, last.id_tables) == (2501 * 64, 2540 * 64)
+    assert (first.id_state, last.id_state) == (2501 * 4, 2540 * 4)
+    assert first.values == last.values == 2048 * 64 * 4
