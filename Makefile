@@ -7,6 +7,8 @@ help:
 	@echo "make test               lint and run the tests"
 	@echo "make lint               lint only"
 	@echo "make benchmark-quality  the table of models in README"
+	@echo "make benchmark-kernels  the kernels and their peers, on a GPU (python -m benchmarks.kernels)"
+	@echo "make benchmark-step     a training step of the paper's size, on a GPU (python -m benchmarks.step)"
 	@echo "make clean              remove .venv, caches and build files; runs/ stays"
 
 # Written last, so that a set-up which failed half-way is done again.
@@ -31,6 +33,14 @@ lint: $(INSTALLED)
 benchmark-quality: $(INSTALLED)
 	@.venv/bin/msn prepare kuairand
 	@.venv/bin/python -m benchmarks.quality
+
+.PHONY: benchmark-kernels
+benchmark-kernels: $(INSTALLED)
+	@.venv/bin/python -m benchmarks.kernels
+
+.PHONY: benchmark-step
+benchmark-step: $(INSTALLED)
+	@.venv/bin/python -m benchmarks.step
 
 .PHONY: clean
 clean:

@@ -22,7 +22,8 @@ from msn_dist.sharding.buckets import bucket_rows, bucket_rows_by_kernel
 from msn_dist.sharding.hits import Hits
 from msn_dist.sharding.lookup import ValueOptimizer, choose_lookup, make_lookup
 
-_HITS = 32  # of a bag
+_HITS, _FEW_ROWS = 32, 256  # of a bag, and rows that any cache holds
+_BURST = 2**26  # bytes of results that live at once, as in a step: on a CPU memory that is taken anew is dear
 _TABLE_BYTES = {"cuda": 2**31, "cpu": 2**26}  # more than a cache holds
 _BAGS = {"cuda": 32_768, "cpu": 4096}
 Say = Callable[[str], None]
@@ -51,11 +52,13 @@ def calibrate(
     figures = {
         "copy_rate": curve(
             "element-wise operators",
-            lambda size: size / clock.seconds(_added(device, size)),
+            lambda size: size / _in_burst(clock, _added(device, size), size // 3),
             [2**power for power in (14, 17, 20, 23, 26)] + [large],
         ),
         "function_rate": curve(
-            "functions", lambda size: size / clock.seconds(_function(device, size)), [2**12, 2**16, 2**20, 2**24]
+            "functions",
+            lambda size: size / _in_burst(clock, _function(device, size), 4 * size),
+            [2**12, 2**16, 2**20, 2**22, 2**24],
         ),
         "matrix_fp32": curve("matrix products in fp32", _product_rate(clock, torch.float32), _product_sizes(gpu)),
         "matrix_bf16": curve("matrix products in bf16", _product_rate(clock, torch.bfloat16), _product_sizes(gpu)),
@@ -76,9 +79,9 @@ def calibrate(
         )
     say("rows")
     widths = [16, 64, 256, 1024]
-    reads, updates = zip(*(_row_rates(clock, width) for width in widths), strict=True)
-    for name, rates in (("row_read", reads), ("row_update", updates)):
-        points = [[4.0 * width, rate] for width, rate in zip(widths, rates, strict=True)]
+    rates = [_row_rates(clock, width) for width in widths]
+    for place, name in enumerate(("hit_read", "row_read", "hit_update", "row_update")):
+        points = [[4.0 * width, of_width[place]] for width, of_width in zip(widths, rates, strict=True)]
         figures[name] = Curve(points=points, source="measured")
     for name, call in (("all_to_all", _all_to_all), ("all_reduce", _all_reduce)):
         say(name.replace("_", "-"))
@@ -106,6 +109,12 @@ def device_name(device: torch.device) -> str:
     except OSError:
         names = []
     return f"{names[0]} ({len(names)} cores)" if names else platform.machine()
+
+
+def _in_burst(clock: Stopclock, call: Callable[[], Tensor], result_bytes: int) -> float:
+    """Seconds of one of many calls whose results all live until the last."""
+    calls = max(1, min(64, _BURST // result_bytes))
+    return clock.seconds(lambda: [call() for _ in range(calls)]) / calls
 
 
 def _added(device: torch.device, size: int) -> Callable[[], Tensor]:
@@ -170,22 +179,35 @@ def _retrieval_rate(clock: Stopclock, sub_keys: int, backward: bool) -> float:
     return queries / clock.seconds(lambda: retrieval.retrieve_backward(*operands, slots, weights, gradient, tau))
 
 
-def _row_rates(clock: Stopclock, width: int) -> tuple[float, float]:
-    """Hits a second of (reads, updates)."""
+def _row_rates(clock: Stopclock, width: int) -> tuple[float, float, float, float]:
+    """A second: hits and distinct rows read, hits and distinct rows updated.
+
+    Hits on a few rows tell what a hit costs; hits all over the table, what their rows cost beside.
+    """
     device = clock.device
     rows, bags = _TABLE_BYTES[device.type] // (4 * width), _BAGS[device.type]
     lookup = make_lookup("auto", rows, width, ValueOptimizer(), device)
     lookup.weight_RD.zero_()
-    row_H = torch.randint(rows, (bags * _HITS,), device=device).to(torch.int32)
-    hits = Hits.uniform(row_H, torch.rand(len(row_H), device=device), size=_HITS)
     gradient_GD = torch.randn(bags, width, device=device)
-    read = clock.seconds(lambda: lookup.read(hits))
+    weights_H = torch.rand(bags * _HITS, device=device)
+    read, update, distinct = {}, {}, {}
+    for among in (_FEW_ROWS, rows):
+        row_H = torch.randint(among, (bags * _HITS,), device=device).to(torch.int32)
+        hits, distinct[among] = Hits.uniform(row_H, weights_H, size=_HITS), len(row_H.unique())
+        read[among] = clock.seconds(lambda hits=hits: lookup.read(hits))
 
-    def step() -> None:
-        lookup.read(hits, update_follows=True)
-        lookup.update(hits, gradient_GD)
+        def step(hits: Hits = hits) -> None:
+            lookup.read(hits, update_follows=True)
+            lookup.update(hits, gradient_GD)
 
-    return len(row_H) / read, len(row_H) / max(clock.seconds(step) - read, 0.1 * read)
+        update[among] = max(clock.seconds(step) - read[among], 0.1 * read[among])
+
+    def of_rows(seconds: dict[int, float]) -> float:
+        beside = max(seconds[rows] - seconds[_FEW_ROWS], 0.02 * seconds[rows])
+        return (distinct[rows] - distinct[_FEW_ROWS]) / beside
+
+    hits = len(weights_H)
+    return hits / read[_FEW_ROWS], of_rows(read), hits / update[_FEW_ROWS], of_rows(update)
 
 
 def _lookup(device: torch.device) -> str:

@@ -109,6 +109,9 @@ def operator_seconds(op: Op, machine: Machine) -> float:
         products = math.prod(op.shapes[0][:-2]) if op.shapes and len(op.shapes[0]) > 2 else 1
         rate = machine.matrix_bf16 if op.dtype in ("bfloat16", "float16") else machine.matrix_fp32
         seconds = op.flops / rate.at(op.flops / products)
+        moving = op.bytes / machine.copy_rate.at(op.bytes)
+        # a GPU does both at once; what a CPU writes to fresh memory it waits for
+        seconds = seconds + moving if machine.kind == "cpu" else max(seconds, moving)
     elif "topk" in op.name:
         length = op.shapes[0][-1]
         seconds = math.prod(op.shapes[0]) / machine.top_k.at(length)
@@ -171,8 +174,8 @@ def _exchange(
         sorting += times(work.distinct, machine.sort.at(work.distinct))
     reading = updating = 0.0
     if work.read:
-        reading = times(work.read, machine.row_read.at(work.row_bytes))
-        updating = times(work.updated, machine.row_update.at(work.row_bytes))
+        reading = memories * machine.read_seconds(work.read, work.rows, work.row_bytes)
+        updating = memories * machine.update_seconds(work.read, work.rows, work.row_bytes)
     forward, backward = (memories * passes_seconds(passes, machine) for passes in (work.forward, work.backward))
     there, home, again = [], [], []
     for message in messages:

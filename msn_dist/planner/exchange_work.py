@@ -25,8 +25,8 @@ class Work:
 
     bucketed: float = 0.0  # hits sorted by owner
     distinct: float = 0.0  # numbers among which the distinct ones are found
-    read: float = 0.0  # hits looked up, each a row of `row_bytes`
-    updated: float = 0.0  # hits whose rows' sums of gradients are stepped
+    read: float = 0.0  # hits looked up, each a row of `row_bytes`, and stepped in the backward
+    rows: float = 0.0  # distinct ones among them
     row_bytes: float = 0.0
     forward: list[float] = field(default_factory=list)  # bytes of each pass over device memory, read and written
     backward: list[float] = field(default_factory=list)
@@ -38,9 +38,9 @@ def exchange_work(layout: Layout, load: Load, dim: int) -> Work:
     if layout.lookup == "reference" and work.read:
         element = VALUE_DTYPES[layout.value_dtype].itemsize
         work.forward += _in_torch(work.read, dim, element)
-        work.backward += _in_torch_backward(work.updated, load.rows(layout.world) / layout.world, dim, element)
-        work.distinct += work.updated
-        work.read = work.updated = 0.0
+        work.backward += _in_torch_backward(work.read, work.rows, dim, element)
+        work.distinct += work.read
+        work.read = 0.0
     return work
 
 
@@ -48,13 +48,14 @@ def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
     world, hits = layout.world, load.bags * load.hits
     element = VALUE_DTYPES[layout.value_dtype].itemsize
     if world == 1:
-        return Work(read=hits, updated=hits, row_bytes=dim * element, forward=[16 * hits])
+        return Work(read=hits, rows=load.rows(1), row_bytes=dim * element, forward=[16 * hits])
     busiest = load.owner_load(world, once=layout.strategy == "row_gather_unique")
+    of_owner = load.rows(world) / world
     match layout.strategy:
         case "row_pooled" | "row_pooled_sparse" | "two_level":
             sparse = layout.strategy == "row_pooled_sparse"
             sums = load.bags * (load.owners_of_bag(world) if sparse else world)
-            work = Work(bucketed=hits, read=hits * busiest, updated=hits * busiest, row_bytes=dim * element)
+            work = Work(bucketed=hits, read=hits * busiest, rows=of_owner, row_bytes=dim * element)
             work.forward = [40 * hits, *_coded(layout.wire, sums, dim)]
             if sparse:  # pairs are counted and found, first hits are marked and unmarked, sums are added to their bags
                 work.forward += [17 * world * load.bags, 16 * world * load.bags, 16 * sums, 24 * sums]
@@ -66,7 +67,7 @@ def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
         case "row_gather" | "row_gather_unique":
             unique = layout.strategy == "row_gather_unique"
             rows = load.rows(1) if unique else hits
-            work = Work(read=rows * busiest, updated=rows * busiest, row_bytes=dim * element)
+            work = Work(read=rows * busiest, rows=of_owner, row_bytes=dim * element)
             work.bucketed, work.distinct = (0, hits) if unique else (hits, 0)
             work.forward = [40 * hits, *_coded(layout.wire, rows, dim), hits * dim * _FLOAT]
             # embedding_bag's backward: rows of zeros, a weighted gradient a hit added to them; the weights' products

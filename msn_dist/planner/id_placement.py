@@ -58,6 +58,6 @@ def place_ids(situation: Situation, reserved_bytes: int) -> IdPlan:
 def _rates(situation: Situation) -> Rates:
     """A row that is read once and updated (read and written) moves three times its bytes."""
     machine, row = situation.machine, 4 * situation.config.model.embedding_dim
-    random_rows = 3 * row / (1 / machine.row_read.at(row) + 1 / machine.row_update.at(row))
+    random_rows = 3 * row / (machine.read_seconds(1, 1, row) + machine.update_seconds(1, 1, row))
     exchange = machine.all_to_all
     return Rates(random_rows, Link(bandwidth_gb_s=exchange.bandwidth / 1e9, latency_us=exchange.latency * 1e6))

@@ -78,8 +78,10 @@ class Machine(Part):
     sort: Curve = Field(description="numbers -> numbers sorted a second")
     retrieve: Curve | None = Field(None, description="fused kernel: sub-keys of an axis -> queries/s, k = 32, d_k = 64")
     retrieve_backward: Curve | None = Field(None, description="the same of its backward")
-    row_read: Curve = Field(description="bytes of a row -> hits/s of weighted sums of random rows, of 32 hits each")
-    row_update: Curve = Field(description="bytes of a row -> hits/s of their backward with row-wise Adagrad")
+    hit_read: Curve = Field(description="bytes of a row -> hits/s of weighted sums, of 32 hits on few rows each")
+    row_read: Curve = Field(description="bytes of a row -> distinct rows/s, beside their hits")
+    hit_update: Curve = Field(description="bytes of a row -> hits/s of the backward with row-wise Adagrad")
+    row_update: Curve = Field(description="bytes of a row -> distinct rows/s, beside their hits")
     bucketing: Curve = Field(description="ranks -> hits/s, sorted by owner")
     operator: Latency = Field(description="of one operator on the device")
     dispatch: Latency = Field(description="of one operator on the host, which a GPU works behind")
@@ -87,6 +89,15 @@ class Machine(Part):
     host_link: Curve = Field(description="bytes of a copy from the host -> bytes/s")
     all_to_all: Collective
     all_reduce: Collective
+
+
+    def read_seconds(self, hits: float, rows: float, row_bytes: float) -> float:
+        """A look-up of so many hits that fall on so many rows."""
+        return hits / self.hit_read.at(row_bytes) + rows / self.row_read.at(row_bytes)
+
+    def update_seconds(self, hits: float, rows: float, row_bytes: float) -> float:
+        """Its backward, with the step of the rows."""
+        return hits / self.hit_update.at(row_bytes) + rows / self.row_update.at(row_bytes)
 
 
 BUILT_IN = ("h200", "h100", "a100")

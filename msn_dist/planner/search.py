@@ -126,7 +126,9 @@ class Search:
                     yield self.situation.layout(strategy, wire, dtype)
 
     def _storage_W(self, layout: Layout, tables: list) -> list[Storage]:
-        return rank_storage(self.situation.config, self.situation.schema, layout, self.trace, tables)
+        situation = self.situation
+        distinct = None if situation.memory is None else round(situation.load.rows(1))
+        return rank_storage(situation.config, situation.schema, layout, self.trace, tables, distinct)
 
     def _memory_bytes(self, layout: Layout) -> int:
         rows, columns, state, _ = memory_rows(self.situation.config, layout, 0)

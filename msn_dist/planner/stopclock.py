@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_SECONDS, _ROUNDS = 0.06, 3  # spent on an operation in a round
+_SECONDS, _ROUNDS = 0.08, 3  # spent on an operation in a round
 _QUEUE_CYCLES = 20_000_000  # what a GPU waits while calls are queued behind it, so that the host's time does not count
 
 
@@ -27,11 +27,14 @@ class Stopclock:
     def seconds(self, call: Callable[[], Any]) -> float:
         """One call, on the device; ranks may make different numbers of calls."""
         call()
-        calls = max(2, min(2000, int(_SECONDS / max(self._timed(call, 1), 1e-7))))
+        calls = max(1, min(1000, int(_SECONDS / 10 / max(self._timed(call, 1), 1e-7))))
         rounds = []
         for _ in range(_ROUNDS):
             self.together()
-            rounds.append(self._timed(call, calls) / calls)
+            until, spent, made = time.perf_counter() + _SECONDS, 0.0, 0
+            while time.perf_counter() < until:  # all ranks for as long, whatever each of them manages
+                spent, made = spent + self._timed(call, calls), made + calls
+            rounds.append(spent / made)
         return self.mean(statistics.median(rounds))
 
     def collective(self, call: Callable[[], Any], calls: int) -> float:
