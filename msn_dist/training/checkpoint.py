@@ -196,7 +196,7 @@ class _Replacing(dcp.FileSystemWriter):
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy on the host.  The base class would make two, one after the other."""
         stager = DefaultStager(StagingOptions(False, False, False, False))  # not pinned, not shared, not later
-        copy = stager.stage(state_dict)
+        copy = stager.stage(_without_offsets(state_dict))
         stager.close()
         return copy
 
@@ -208,6 +208,18 @@ class _Replacing(dcp.FileSystemWriter):
             self._place.rename(old)
         Path(self.path).rename(self._place)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _without_offsets(tree: Any) -> Any:
+    """torch's stager fails on a DTensor whose part begins inside of a storage, as a replica's block does."""
+    if isinstance(tree, dict):
+        return {name: _without_offsets(part) for name, part in tree.items()}
+    if isinstance(tree, DTensor) and tree.storage_offset():
+        local = tree.to_local().clone()
+        return DTensor.from_local(
+            local, tree.device_mesh, tree.placements, run_check=False, shape=tree.shape, stride=tree.stride()
+        )
+    return tree
 
 
 @contextmanager

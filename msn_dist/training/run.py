@@ -40,8 +40,8 @@ def train(config: RunConfig, run_path: Path, init: Path | None = None, plan_path
         planned = None
         if plan_path is not None:
             planned = ranks.together(lambda: load_plan(plan_path))
-            planned.require_ranks(ranks.world, ranks.local_world)
             config = planned.applied_to(config)
+            planned.require_ranks(ranks.world, ranks.local_world)
         origin = Origin(init, config, ranks) if init is not None else None
         trainer = Trainer(config, schema, run, ranks, planned)
         if origin is not None:

@@ -1,0 +1,179 @@
+"""`msn plan`, `msn train --plan` and `msn calibrate` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from msn_dist.config import dump_config
+from msn_dist.launch.cli import main
+from msn_dist.planner import calibration, stopclock
+from msn_dist.planner.machine import Machine, load_machine
+from msn_dist.planner.plan_file import load_plan
+from msn_dist.training.run_directory import RunDirectory
+from ranks import run_ranks
+from tiny_data import config_of, write_data
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a config, and a topology of two CPU ranks."""
+    folder = tmp_path_factory.mktemp("plans")
+    write_data(folder / "data")
+    training = {"device": "cpu", "log_every": 4}
+    (folder / "config.yaml").write_text(dump_config(config_of(folder / "data", "msn_ffn", training=training)))
+    (folder / "machine.json").write_text(cpu_of(2).model_dump_json())
+    (folder / "topology.yaml").write_text(
+        "name: two ranks\nmachine: machine.json\nranks_per_node: 2\ndevice_gib: 1\n"  # beside the topology
+    )
+    return folder
+
+
+def cpu_of(ranks: int) -> Machine:
+    tree = json.loads(load_machine("h200").model_dump_json())
+    return Machine.model_validate(tree | {"name": "a CPU", "kind": "cpu", "ranks": ranks})
+
+
+def msn(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def planned(folder: Path) -> Path:
+    place = folder / "plan.json"
+    command = ("plan", folder / "config.yaml", "--topology", folder / "topology.yaml", "--output", place)
+    assert msn(*command) == 0
+    return place
+
+
+def test_a_plan_fits_80_columns_and_is_written(planned: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert msn("plan", folder / "config.yaml", "--topology", folder / "topology.yaml", "--zipf", "1.1") == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    for word in ("critical path", "may fill", "not chosen", "busiest owner", "Zipf 1.1"):
+        assert word in printed
+    assert load_plan(planned).world_size == 2
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, planned: Path) -> tuple[str, RunDirectory]:
+    """(what it printed, its directory) of a run on two ranks by the plan, whose id tables were moved by hand."""
+    tree = json.loads(planned.read_text())
+    tables = tree["id_tables"]["features.id_tables"]
+    tables["user"] = {"sharding": "table_wise", "rank": 1}
+    (folder / "moved.json").write_text(json.dumps(tree))
+    command = ["train", "config.yaml", "--plan", "moved.json", "--nproc", "2", "--out", "run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "msn_dist.launch", *command],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout, RunDirectory.open(folder / "run")
+
+
+def test_a_run_lies_as_planned(run: tuple[str, RunDirectory]) -> None:
+    _, directory = run
+    plan = directory.planned()
+    tables = {table["table"]: table for table in json.loads((directory.path / "plan.json").read_text())["tables"]}
+    assert tables["user"]["rows_per_rank"] == [0, 40]
+    assert tables["weight"]["sharding"] == plan.memory.strategy == directory.config().memory.strategy
+
+
+def test_a_run_tells_how_its_steps_compare_with_the_plan(run: tuple[str, RunDirectory]) -> None:
+    printed, directory = run
+    lines = [line for line in printed.splitlines() if line.startswith("plan: ")]
+    assert len(lines) == 1 and "ms a step, took" in lines[0]
+    forecast = directory.summary()["forecast"]
+    assert forecast["seconds_planned"] == pytest.approx(directory.planned().seconds)
+    assert forecast["seconds_measured"] > 0
+    assert ">Plan<" in directory.report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "plan.json"], "this run has 1 rank"),
+        (["--plan", "plan.json", "memory.top_k=3"], "memory.top_k=4, and the config has 3"),
+    ],
+)
+def test_a_plan_that_is_not_of_this_run_is_refused(
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    planned: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(folder)
+    command = [sys.executable, "-m", "msn_dist.launch", "train", "config.yaml", *arguments, "--out", "refused"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (folder / "refused").exists()
+
+
+def test_what_does_not_fit_ends_with_exit_code_3(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ("plan", folder / "config.yaml", "--topology", folder / "topology.yaml", "--max-gib", "0.0003")
+    assert msn(*command) == 3
+    assert "does not fit" in capsys.readouterr().err
+
+
+def test_a_popularity_is_given_once(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ("plan", folder / "config.yaml", "--topology", folder / "topology.yaml")
+    assert msn(*command, "--zipf", "1", "--usage", folder) == 2
+    assert msn(*command, "--usage", folder) == 2
+    assert "no memory_usage.json" in capsys.readouterr().err
+
+
+def test_a_plan_for_512_gpus_takes_less_than_a_gib_of_memory(tmp_path: Path) -> None:
+    with open(tmp_path / "printed", "w") as printed:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "msn_dist.launch", "plan", "configs/large/msn_2e34.yaml"]
+            + ["--topology", "configs/topology/h200x64x8.yaml", "--output", str(tmp_path / "plan.json")],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=printed,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss < 2**20  # KiB
+    plan = load_plan(tmp_path / "plan.json")
+    assert plan.world_size == 512 and len(plan.id_tables["features.id_tables"]) == 26
+    # 2 tables of 2^34 slots of 64 float32 numbers, and their state
+    assert plan.storage["values"] == [2 * 2**34 * 64 * 4 // 512] * 512
+    assert plan.storage["value state"] == [2 * 2**34 * 4 // 512] * 512
+
+
+def measure(rank: int, world_size: int) -> dict:
+    stopclock._SECONDS, stopclock._ROUNDS = 1e-4, 1
+    calibration._TABLE_BYTES, calibration._BAGS = {"cpu": 2**22}, {"cpu": 64}
+    device = torch.device("cpu")
+    machine = calibration.calibrate(device, dist.group.WORLD, dist.group.WORLD, {"torch": torch.__version__})
+    return json.loads(machine.model_dump_json())
+
+
+def test_a_calibration_measures_every_line_and_is_the_same_on_all_ranks() -> None:
+    trees = run_ranks(measure, 2)
+    machine = Machine.model_validate(trees[0])
+    assert machine.kind == "cpu" and machine.ranks == 2
+    lines = {name: value for name, value in vars(machine).items() if hasattr(value, "source")}
+    assert all(value.source == "measured" for value in lines.values())
+    assert machine.all_to_all.points and machine.all_reduce.points
+    assert {name for name in trees[0] if trees[0][name] != trees[1][name]} == set()
