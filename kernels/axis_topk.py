@@ -87,8 +87,8 @@ def axis_topk(
     return best
 
 
-# Rows lie one beside the other and a thread sorts one row in its registers, without a shuffle.  Triton gives it two
-# rows, and splits them over two threads, if it knows that it may load 16 bytes at once: hence no specialization.
+# Rows lie one beside the other, and a thread sorts one row, or its share of a long one, in its registers.  Triton gives
+# it two rows, and splits them over two threads, if it knows that it may load 16 bytes at once: hence no specialization.
 @triton.jit(do_not_specialize=["rows"])
 def _axis_topk_kernel(
     candidates,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MOST_RANKS = 1024
 _FEW = 31  # owners up to which the prefix sum is cheaper
 
 
@@ -69,8 +70,8 @@ def _check(row_ML: Tensor, block: int, world: int) -> None:
         raise ValueError(
             f"rows of shape {list(row_ML.shape)} and {row_ML.dtype}: hits are int32 or int64 of shape [bags, hits]"
         )
-    if not 1 <= world <= 1024:
-        raise ValueError(f"{world} ranks: bucketing is for 1 to 1,024; use the reference look-up")
+    if not 1 <= world <= MOST_RANKS:
+        raise ValueError(f"{world} ranks: bucketing is for 1 to {MOST_RANKS:,}; sort them by torch")
     if block < 1:
         raise ValueError(f"blocks of {block} rows: a rank holds at least one")
     if row_ML.numel() >= 2**31:

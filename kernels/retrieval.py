@@ -26,7 +26,7 @@ from msn_dist.kernels.survivors import survivors
 MAX_K = 128
 MAX_SUB_KEYS = 65_536
 MAX_KEY_DIM = 256
-_SLICE = 131_072  # (query, head) pairs at a time: bounds the scratch memory to about 1.5 KiB * _SLICE at k = 32
+_SLICE = 131_072  # (query, head) pairs at a time: bounds the scratch memory to about 1.6 KiB * _SLICE at k = 32
 
 
 def retrieve(
@@ -53,8 +53,13 @@ def retrieve(
     for start in range(0, count, step):
         part = slice(start, start + step)
         some = (queries[0][part], queries[1][part])
-        best = axis_topk(survivors(some, keys, k), some, keys, k, tau)
-        pair_topk(best, keys[0].shape[1], slots_MHK[part], weights_MHK[part])
+        # unnamed, so that no slice's scratch outlives it
+        pair_topk(
+            axis_topk(survivors(some, keys, k), some, keys, k, tau),
+            keys[0].shape[1],
+            slots_MHK[part],
+            weights_MHK[part],
+        )
     return slots_MHK, weights_MHK
 
 

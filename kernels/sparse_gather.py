@@ -1,7 +1,7 @@
 """Sparse-Gather: weighted sums of a table's rows over bags of hits, and the gate by their tanh, in one kernel.
 
-A thread holds 16 bytes of a row for every hit of a block of hits, so that many reads are under way at once and the
-sum over hits stays inside the thread: nothing crosses threads but the rows' indices.
+A thread holds 16 bytes of a row for the hits of a block of hits, so that many reads are under way at once and most of
+the sum over hits stays inside the thread.
 
 Shape suffixes: R rows of the table, D its width, G bags, H hits, L hits of every bag where they are equal;
 in the kernel B bags of one program and J hits of one block.
@@ -130,8 +130,9 @@ def sparse_gather(
     scale_R[row] * values_RD[row] where scales (float32) are given, as int8 needs them.  rows: int32 or int64, [G, L]
     for bags of L hits each, [G] for one hit each, or [H] with offsets_G1 (int64): bag g then holds hits offsets[g] to
     offsets[g + 1] - 1.  weights: any floating dtype, shaped as the rows; None weighs every hit 1.  Sums are float32,
-    hit by hit in the order given, so that runs repeat to the bit; an empty bag gives zeros, and a row that holds NaN
-    touches its own bags alone.  Rows must lie in the table: this is not looked at.  `shape` overrides `launch_shape`.
+    added up in an order that the launch shape alone decides, so that runs repeat to the bit; an empty bag gives zeros,
+    and a row that holds NaN touches its own bags alone.  Rows must lie in the table: this is not looked at.  `shape`
+    overrides `launch_shape`.
 
     Raises ValueError for other shapes, dtypes and devices.
     """

@@ -3,7 +3,8 @@
 The scores never leave the registers.  They are computed twice, as the matrix units are by far the cheapest part:
 
     first time   column c joins group c mod G, and every group keeps its maximum: one instruction a score.  The k-th
-                 largest of the G maxima is a bound that at least k scores reach, and bisection finds it.
+                 largest of the G maxima is a bound that at least k scores reach; bisection comes close to it from
+                 below.
     second time  the scores that reach the bound are written out: -G ln(1 - k / G) of them if columns fall into
                  groups by chance, which is 37 for k = 32 and G = 128, whatever N is.
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOST_RANKS_OF_KERNEL = 1024  # as kernels.bucketing, which cannot be imported without Triton
+
 
 @dataclass(frozen=True)
 class Buckets:

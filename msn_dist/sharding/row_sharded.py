@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard
 from msn_dist.errors import InputError
 from msn_dist.memory.health import SlotUsage
 from msn_dist.memory.values import MemoryValues
-from msn_dist.sharding.buckets import Buckets, bucket_rows, bucket_rows_by_kernel
+from msn_dist.sharding.buckets import MOST_RANKS_OF_KERNEL, Buckets, bucket_rows, bucket_rows_by_kernel
 from msn_dist.sharding.lookup import ValueOptimizer, make_lookup
 from msn_dist.sharding.sharded_values import ShardedMemoryValues
 
@@ -36,7 +36,8 @@ class RowSharded(ShardedMemoryValues):
 
     def bucketed(self, slots_ML: Tensor) -> tuple[Buckets, Tensor]:
         """The hits by owner, and their rows in that order [H] of `row_dtype`, local to the owner."""
-        by = bucket_rows_by_kernel if self.lookup.name == "triton" else bucket_rows
+        by_kernel = self.lookup.name == "triton" and self.exchange.world <= MOST_RANKS_OF_KERNEL
+        by = bucket_rows_by_kernel if by_kernel else bucket_rows
         return by(self.placement.row_of(slots_ML), self.block, self.exchange.world)
 
 
