@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,3 +117,23 @@ def test_evaluating_a_run_on_one_rank_repeats_the_metrics_of_two(split: str, fin
     metrics = run.evaluate(finished.path, split)
     for task, expected in finished.summary()[split]["tasks"].items():
         assert metrics[task] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_checkpoint_that_finds_no_room_is_left_out_and_the_last_state_is_tested(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    config = load_config(folder / "config.yaml", ["model.attention=false", "training.epochs=2"])
+    run.train(config, folder / "full")
+    printed = capsys.readouterr().out
+    assert printed.count("note: no checkpoint of step") == 2 and "1000 B free" in printed
+    full = RunDirectory.open(folder / "full")
+    assert not full.checkpoint.exists() and "checkpoint" not in full.summary()
+    assert full.summary()["best_step"] == full.summary()["steps"]
+
+
+def test_the_summary_tells_how_long_the_checkpoint_took(finished: RunDirectory) -> None:
+    checkpoint = finished.summary()["checkpoint"]
+    on_disk = sum(file.stat().st_size for file in finished.checkpoint.rglob("*.distcp"))
+    assert 0 < checkpoint["bytes"] <= on_disk
+    assert checkpoint["write_seconds"] > 0 and checkpoint["model_read_seconds"] > 0

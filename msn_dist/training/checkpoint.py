@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ class Checkpoints:
         # of half an hour: in the end each rank waits for the slowest disk.
         self._group = dist.new_group(backend="gloo")
         self._writing: Future | None = None
+        self._started = 0.0
+        self.bytes = 0  # of all ranks, in the last checkpoint
+        self.seconds: float | None = None  # from the call of `save` until it was written
 
     def save(self, model: DistributedModelParallel, optimizers: Optimizers) -> str | None:
         """Copy the state of model and optimizers to the host, and write the copy in the background.
@@ -52,12 +56,17 @@ class Checkpoints:
         Nothing is written, and the answer says why, where the storage has not the room.
         """
         self.wait()
+        self._started = time.perf_counter()
         state = _state(model, optimizers)
         if problem := self._why_no_room(state):
             return problem
         writer = _Replacing(self.path, self._ranks)
         self._writing = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+        self._writing.add_done_callback(self._written)
         return None
+
+    def _written(self, _: Future) -> None:
+        self.seconds = time.perf_counter() - self._started
 
     def _why_no_room(self, state: dict[str, Any]) -> str | None:
         """The new state lies beside the old one until it is complete."""
@@ -67,6 +76,7 @@ class Checkpoints:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._ranks.control)  # all see one storage, or the fullest
         needed, free = int(sizes[0]), -int(largest[1])
         if needed <= free:
+            self.bytes = needed
             return None
         return f"it takes {binary(needed)}, and {self.path.parent} has {binary(free)} free"
 

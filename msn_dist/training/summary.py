@@ -34,6 +34,8 @@ def summarise(trainer: Trainer, test: dict[str, dict[str, float]]) -> dict[str, 
         "test": _split_metrics(test, trainer.schema.labels),
         **trainer.meter.whole_run(),
     }
+    if trainer.checkpoint is not None:
+        summary["checkpoint"] = trainer.checkpoint
     if trainer.forecast is not None:
         summary["forecast"] = trainer.forecast.summary()
     if trainer.back_ends:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +63,7 @@ class Trainer:
         self.meter = ExchangeMeter(self.memories, ranks)  # the same
         self.health: dict[str, MemoryHealth] = {}  # of the last full interval
         self.best: dict[str, Any] | None = None
+        self.checkpoint: dict[str, float] | None = None  # size and times of the last one
         self.forecast: Forecast | None = None
         if plan is not None:
             evaluation = config.training.eval_every or self.steps_per_epoch
@@ -90,7 +92,13 @@ class Trainer:
             raise
         self._checkpoints.wait()
         if self._kept:
+            start = time.perf_counter()
             load_model(self.run.checkpoint, self.model, self.ranks)
+            self.checkpoint = {
+                "bytes": self._checkpoints.bytes,
+                "write_seconds": self._checkpoints.seconds,
+                "model_read_seconds": time.perf_counter() - start,
+            }
 
     def _train_epoch(self, console: Console) -> None:
         settings = self.config.training
