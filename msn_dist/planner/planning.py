@@ -129,7 +129,8 @@ def _slower(one: Priced, chosen: Priced) -> str:
     sign = 1 if share >= 0 else -1
     most = max(theirs, key=lambda name: sign * (theirs[name] - ours[name]))
     bound = " (the host is slower still)" if any(phase.name == WAITING for phase in one.time.phases) else ""
-    return f"{share:+.1%}; {most} {1e3 * theirs[most]:.2f}, not {1e3 * ours[most]:.2f}{bound}"
+    percent = f"{share:+.1%}" if abs(share) < 0.1 else f"{share:+.0%}"
+    return f"{percent}; {most} {1e3 * theirs[most]:.3g}, not {1e3 * ours[most]:.3g}{bound}"
 
 
 def _lack(situation: Situation, least: Priced) -> str:
