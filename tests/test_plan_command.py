@@ -15,7 +15,7 @@ import torch.distributed as dist
 from msn_dist.config import dump_config
 from msn_dist.launch.cli import main
 from msn_dist.planner import calibration, stopclock
-from msn_dist.planner.machine import Machine, load_machine
+from msn_dist.planner.machine import Machine, device_name, load_machine
 from msn_dist.planner.plan_file import load_plan
 from msn_dist.training.run_directory import RunDirectory
 from ranks import run_ranks
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cpu_of(ranks: int) -> Machine:
     tree = json.loads(load_machine("h200").model_dump_json())
-    return Machine.model_validate(tree | {"name": "a CPU", "kind": "cpu", "ranks": ranks})
+    return Machine.model_validate(tree | {"name": device_name(torch.device("cpu")), "kind": "cpu", "ranks": ranks})
 
 
 def msn(*arguments: str | Path) -> int:

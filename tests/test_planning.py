@@ -207,6 +207,8 @@ def test_a_plan_is_refused_for_another_config_or_other_ranks(tmp_path: Path) -> 
         found.applied_to(other)
     with pytest.raises(InputError, match="2 ranks .1 node of 2., and this run has 4 ranks .2 nodes of 2."):
         found.require_ranks(4, 2)
+    with pytest.raises(InputError, match="counts with NVIDIA H200, and this rank runs on a toaster"):
+        found.require_machine("a toaster")
     (tmp_path / "no.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         load_plan(tmp_path / "no.json")

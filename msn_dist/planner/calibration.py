@@ -8,7 +8,6 @@ Shape suffixes: M bags, L hits a bag, R rows, D value width, N sub-keys of an ax
 from __future__ import annotations
 
 import datetime
-import platform
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msn_dist.memory.product_keys import choose_retrieval
-from msn_dist.planner.machine import Collective, Curve, Latency, Machine
+from msn_dist.planner.machine import Collective, Curve, Latency, Machine, device_name
 from msn_dist.planner.stopclock import Stopclock
 from msn_dist.sharding.buckets import bucket_rows, bucket_rows_by_kernel
 from msn_dist.sharding.hits import Hits
@@ -97,18 +96,6 @@ def calibrate(
         id_step=Latency(seconds=_id_step(clock, group), source="measured"),
         **figures,
     )
-
-
-def device_name(device: torch.device) -> str:
-    """As people call it: that of the GPU, or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{names[0]} ({len(names)} cores)" if names else platform.machine()
 
 
 def _in_burst(clock: Stopclock, call: Callable[[], Tensor], result_bytes: int) -> float:

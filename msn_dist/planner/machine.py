@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import bisect
 import math
+import platform
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import AfterValidator, Field, PositiveInt
 
 from msn_dist.config import Part, parse, read_yaml
@@ -98,6 +100,18 @@ class Machine(Part):
     def update_seconds(self, hits: float, rows: float, row_bytes: float) -> float:
         """Its backward, with the step of the rows."""
         return hits / self.hit_update.at(row_bytes) + rows / self.row_update.at(row_bytes)
+
+
+def device_name(device: torch.device) -> str:
+    """As people call it: that of the GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0]} ({len(names)} cores)" if names else platform.machine()
 
 
 BUILT_IN = ("h200", "h100", "a100")

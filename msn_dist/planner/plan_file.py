@@ -94,6 +94,14 @@ class PlanFile(Part):
         tree = config.memory.model_dump() | self.memory.model_dump()
         return config.model_copy(update={"memory": parse(MemoryConfig, tree, "the plan's memory")})
 
+    def require_machine(self, name: str) -> None:
+        """InputError if the run's devices are not those that the plan counts with."""
+        if name != self.machine:
+            raise InputError(
+                f"the plan counts with {self.machine}, and this rank runs on {name}; plan with a profile of it "
+                "(msn calibrate)"
+            )
+
     def require_ranks(self, world_size: int, ranks_per_node: int) -> None:
         """InputError if the run has other ranks than the plan."""
         if (world_size, ranks_per_node) != (self.world_size, self.ranks_per_node):

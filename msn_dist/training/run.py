@@ -11,6 +11,7 @@ from msn_dist.training.run_directory import RunDirectory
 quiet_libraries()  # before torchrec is imported below
 
 from msn_dist.data.schema import load_schema  # noqa: E402
+from msn_dist.planner.machine import device_name  # noqa: E402
 from msn_dist.planner.plan_file import load_plan, write_plan  # noqa: E402
 from msn_dist.training.checkpoint import load_model  # noqa: E402
 from msn_dist.training.console import Console  # noqa: E402
@@ -42,6 +43,7 @@ def train(config: RunConfig, run_path: Path, init: Path | None = None, plan_path
             planned = ranks.together(lambda: load_plan(plan_path))
             config = planned.applied_to(config)
             planned.require_ranks(ranks.world, ranks.local_world)
+            ranks.together(lambda: planned.require_machine(device_name(ranks.device)))
         origin = Origin(init, config, ranks) if init is not None else None
         trainer = Trainer(config, schema, run, ranks, planned)
         if origin is not None:
