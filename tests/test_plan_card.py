@@ -28,6 +28,7 @@ def planned(**changed: Any) -> PlanFile:
         "topology": "one node",
         "machine": "a machine",
         "date": "2026-01-31",
+        "demand": "1,024 rows a rank",
         "world_size": 2,
         "ranks_per_node": 2,
         "settings": {},
@@ -38,7 +39,9 @@ def planned(**changed: Any) -> PlanFile:
         "phases": [PlannedPhase(name=name, seconds=s, hidden=hidden, sent=0) for name, s, hidden in PHASES],
         "owner_load": 1.0,
         "reason": "row_gather would take +20.0%",
-        "rivals": [Rival(memory=memory("row_gather"), seconds=30e-3, bytes=20 * GIB, why="lacks 4.0 GiB")],
+        "rivals": [
+            Rival(memory=memory("row_gather"), seconds=30e-3, bytes=20 * GIB, rounds=False, why="lacks 4.0 GiB")
+        ],
         "seconds_over_ranks": {"row_gather": [[2, 30e-3], [4, 40e-3]], "row_pooled": [[2, 25e-3], [4, 26e-3]]},
     }
     return PlanFile(**fields | changed)

@@ -262,8 +262,10 @@ def _collective(
 
 def _line(points: list[list[float]]) -> tuple[float, float]:
     """(latency, seconds a byte) with the least squares of relative errors; neither is below that of a point alone."""
-    sizes, seconds = (torch.tensor(column, dtype=torch.float64) for column in zip(*points, strict=True))
-    equations = torch.stack([1 / seconds, sizes / seconds], 1)
-    latency, per_byte = torch.linalg.lstsq(equations, torch.ones_like(seconds)[:, None]).solution.flatten()
-    floor = float((seconds / sizes).min())
-    return max(float(latency), 0.1 * float(seconds.min())), max(float(per_byte), 0.5 * floor)
+    u = [1 / seconds for _, seconds in points]
+    v = [size / seconds for size, seconds in points]
+    uu, uv, vv = (sum(x * y for x, y in zip(*pair, strict=True)) for pair in ((u, u), (u, v), (v, v)))
+    determinant = uu * vv - uv * uv
+    latency, per_byte = (sum(u) * vv - sum(v) * uv) / determinant, (sum(v) * uu - sum(u) * uv) / determinant
+    least = min(seconds for _, seconds in points)
+    return max(latency, 0.1 * least), max(per_byte, 0.5 * min(seconds / size for size, seconds in points))
