@@ -28,8 +28,7 @@ from benchmarks.results import write_rows
 from msn_dist.config import DataConfig, MemoryConfig, RankMixerConfig, RunConfig
 from msn_dist.data.schema import Schema
 from msn_dist.errors import InputError
-from msn_dist.planner.cost import step_time
-from msn_dist.planner.dense_trace import StepTrace
+from msn_dist.planner.cost import ModelTime, step_time
 from msn_dist.planner.layout import Layout
 from msn_dist.planner.machine import load_machine
 from msn_dist.planner.simulate import simulate
@@ -63,7 +62,7 @@ def shapes() -> list[tuple[int, int]]:
 def cell(skew: str, slots: int, hits: int, world: int) -> Row:
     """Milliseconds of every strategy that can serve, and the best of them."""
     situation = _situation(SKEWS[skew], slots, hits, world)
-    nothing = StepTrace(ROWS, "cuda", ops=(), spans=(), look_ups=(), parameters=())
+    nothing = ModelTime(dense=0.0, memory=0.0, optimizer=0.0, operators=0, parameter_bytes=0)
     ms = {}
     for strategy in LOOKS:
         layout = situation.layout(strategy, "bf16", "bf16")

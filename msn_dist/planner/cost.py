@@ -73,26 +73,44 @@ _OF_THE_EXCHANGE = ("hits by owner", "hits there", "look-up", "sums home", "grad
 _BEFORE_THE_LOOK_UP = ("counts", "lengths", "hits", "rows")
 
 
-def step_time(situation: Situation, layout: Layout, trace: StepTrace, id_seconds: float) -> StepTime:
+@dataclass(frozen=True)
+class ModelTime:
+    """Seconds of what does not depend on the layout, in one step."""
+
+    dense: float
+    memory: float  # queries, keys, retrieval and gate
+    optimizer: float
+    operators: int
+    parameter_bytes: int
+
+    @classmethod
+    def of(cls, trace: StepTrace, machine: Machine) -> ModelTime:
+        """On one rank, whose trace this is."""
+        seconds = dict.fromkeys(("dense", "memory", "optimizer"), 0.0)
+        for op in trace.ops:
+            seconds[op.region] += operator_seconds(op, machine)
+        return cls(**seconds, operators=len(trace.ops), parameter_bytes=sum(trace.parameters))
+
+
+def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds: float) -> StepTime:
     """The phases of a step, in which the id tables take `id_seconds`."""
     machine, topology, memories = situation.machine, situation.topology, situation.memories
-    regions = {region: _traced(trace.ops, region, machine) for region in ("dense", "memory", "optimizer")}
-    phases = [Phase("dense network", regions["dense"])]
+    phases = [Phase("dense network", model.dense)]
     messages: list[Message] = []
-    operators = len(trace.ops) + _ID_OPERATORS
+    operators = model.operators + _ID_OPERATORS
     if memories:
         load, chunks = situation.load, situation.memory.chunks
         work = exchange_work(layout, load, situation.dim)
         messages = memories * expected_bytes(
             layout.strategy, layout.world, layout.ranks_per_node, load, situation.dim, layout.wire
         )
-        phases.append(Phase("retrieval and gate", regions["memory"]))
+        phases.append(Phase("retrieval and gate", model.memory))
         phases += _exchange(work, messages, memories, chunks, machine, topology)
         operators += memories * chunks * _EXCHANGE_OPERATORS
     phases += [
         Phase("id tables", id_seconds),
-        _dense_gradients(trace, regions["dense"], machine, topology),
-        Phase("optimizer", regions["optimizer"]),
+        _dense_gradients(model, machine, topology),
+        Phase("optimizer", model.optimizer),
     ]
     device = sum(phase.exposed for phase in phases)
     host = operators * machine.dispatch.seconds
@@ -142,10 +160,6 @@ def passes_seconds(passes: Iterable[float], machine: Machine) -> float:
     return sum(max(machine.operator.seconds, size / machine.copy_rate.at(size)) for size in passes if size)
 
 
-def _traced(ops: Sequence[Op], region: str, machine: Machine) -> float:
-    return sum(operator_seconds(op, machine) for op in ops if op.region == region)
-
-
 def _retrieval_seconds(op: Op, machine: Machine) -> float:
     """Rates are of k = 32 and keys of 64: the scores' share grows with the width of keys, the rest with k."""
     queries, heads, width = op.shapes[0]
@@ -191,12 +205,12 @@ def _exchange(
     ]
 
 
-def _dense_gradients(trace: StepTrace, dense_seconds: float, machine: Machine, topology: Topology) -> Phase:
+def _dense_gradients(model: ModelTime, machine: Machine, topology: Topology) -> Phase:
     """DistributedDataParallel's ring all-reduce, bucket by bucket behind the backward: two thirds of the network."""
     world = topology.world
     if world == 1:
         return Phase("dense gradients", 0.0)
-    size = sum(trace.parameters)
+    size = model.parameter_bytes
     sent = 2 * size * (world - 1) / world
     latency, bandwidth = _link(machine.all_reduce, topology)
     if topology.nodes > 1:
@@ -204,7 +218,7 @@ def _dense_gradients(trace: StepTrace, dense_seconds: float, machine: Machine, t
         latency = max(latency, topology.between_nodes.latency)
     buckets = max(1, math.ceil(size / _BUCKET))
     seconds = buckets * latency + sent / bandwidth
-    hidden = 0.0 if machine.kind == "cpu" else min(seconds * (buckets - 1) / buckets, dense_seconds * 2 / 3)
+    hidden = 0.0 if machine.kind == "cpu" else min(seconds * (buckets - 1) / buckets, model.dense * 2 / 3)
     return Phase("dense gradients", seconds, hidden, sent)
 
 

@@ -21,7 +21,7 @@ from msn_dist.planner.live_bytes import LiveBytes
 from msn_dist.planner.loopback import Expected, LoopbackExchange, bare_table
 
 aten = torch.ops.aten
-_NODES = 32  # up to which two_level is run as it is
+_NODES = 8  # up to which two_level is run as it is
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class Load:
 
     def rows(self, ranks: int) -> float:
         """U(R)."""
-        return float((self.slots_B * self._read_in(ranks * self.bags)).sum())
+        return _rows(self, ranks)
 
     def owner_load(self, world: int, once: bool = False) -> float:
         """Hits on the busiest owner over the mean of a step; `once`: of the rows that ranks ask for, each once.
@@ -246,6 +246,11 @@ def zipf(count: int, exponent: float) -> Tensor:
     """Shares of `count` things in the order of popularity, float64."""
     shares = torch.arange(1, count + 1, dtype=torch.float64) ** -exponent
     return shares / shares.sum()
+
+
+@lru_cache(maxsize=256)
+def _rows(load: Load, ranks: int) -> float:
+    return float((load.slots_B * load._read_in(ranks * load.bags)).sum())
 
 
 @lru_cache(maxsize=32)

@@ -13,7 +13,7 @@ from typing import get_args
 from msn_dist.config import Strategy
 from msn_dist.errors import InputError
 from msn_dist.memory.values import VALUE_DTYPES
-from msn_dist.planner.cost import StepTime, step_time
+from msn_dist.planner.cost import ModelTime, StepTime, step_time
 from msn_dist.planner.dense_trace import StepTrace, trace_step
 from msn_dist.planner.id_placement import IdPlan, place_ids
 from msn_dist.planner.layout import Layout
@@ -64,7 +64,8 @@ class Search:
             nothing_fits = without > situation.topology.device_bytes
             ids = IdPlan([], 0.0) if nothing_fits else place_ids(situation, without)
         self.ids = ids
-        self._times = {layout: step_time(situation, layout, self.trace, ids.seconds) for layout in self.layouts}
+        self._model = ModelTime.of(self.trace, situation.machine)
+        self._times = {layout: step_time(situation, layout, self._model, ids.seconds) for layout in self.layouts}
         # where the host is what is waited for, the device decides
         self._by_time = sorted(self.layouts, key=lambda one: (self._times[one].seconds, self._times[one].device))
 
@@ -105,7 +106,7 @@ class Search:
             for strategy in get_args(Strategy) if memory else ():
                 if _why_not(there, strategy) is None:
                     layout = there.layout(strategy, memory.wire, memory.value_dtype)
-                    seconds = step_time(there, layout, self.trace, self.ids.seconds).seconds
+                    seconds = step_time(there, layout, self._model, self.ids.seconds).seconds
                     curves.setdefault(strategy, []).append([topology.world, seconds])
         return curves
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from msn_dist.config import MemoryConfig, RunConfig
@@ -15,6 +15,9 @@ from msn_dist.planner.layout import Layout
 from msn_dist.planner.load import Load
 from msn_dist.planner.machine import Machine
 from msn_dist.planner.topology import Topology
+
+# one object for as many ranks as are looked at, with what it has worked out
+_zipf = lru_cache(maxsize=64)(Load.zipf)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Popularity:
         if self.usage is not None:
             return Load.from_usage(slots, bags, hits, self.usage)
         if self.zipf is not None:
-            return Load.zipf(slots, bags, hits, self.zipf, groups)
+            return _zipf(slots, bags, hits, self.zipf, groups)
         return Load.uniform(slots, bags, hits)
 
     def __str__(self) -> str:
