@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import sys
 from datetime import date
@@ -59,6 +61,7 @@ def plan(
     from msn_dist.training.quiet import quiet_libraries
 
     quiet_libraries()
+    atexit.register(gc.freeze)  # else Python looks through all that was imported once more, for a second
     from msn_dist.config import load_config
     from msn_dist.data.schema import load_schema
     from msn_dist.planner import explain, planning
