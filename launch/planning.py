@@ -28,9 +28,14 @@ def calibrate(output: Path, device: str) -> None:
         console = Console(quiet=ranks.rank != 0, highlight=False, soft_wrap=True)
         ranks.together(lambda: _require_folder(output))
         with console.status("") as status:
-            machine = measure(
-                ranks.device, ranks.group, ranks.control, versions(), lambda part: status.update(f"measuring: {part}")
-            )
+
+            def say(line: str) -> None:
+                if line.startswith("note"):
+                    console.print(line)
+                else:
+                    status.update(f"measuring: {line}")
+
+            machine = measure(ranks.device, ranks.group, ranks.control, versions(), say)
         if ranks.rank == 0:
             output.write_text(machine.model_dump_json(indent=1) + "\n", encoding="utf-8")
             from msn_dist.planner.explain import explain_machine
@@ -40,6 +45,8 @@ def calibrate(output: Path, device: str) -> None:
 
 
 def _require_folder(output: Path) -> None:
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder; name a file in it")
     if not output.resolve().parent.is_dir():
         raise InputError(f"{output}: there is no folder {output.resolve().parent}; make it, or name another file")
 
@@ -70,6 +77,11 @@ def plan(
     from msn_dist.planner.situation import Popularity, Situation
     from msn_dist.planner.topology import load_topology
 
+    for name, value, most in (("--zipf", zipf, 4), ("--max-gib", most_gib, 1e5), ("--max-ms", most_ms, 1e9)):
+        if value is not None and not 0 < value <= most:  # also NaN
+            raise InputError(f"{name} {value}: must be above 0 and at most {most:g}")
+    if tune and output is not None:
+        raise InputError("--output: --tune makes no plan; take one of its lines as KEY=VALUE and plan again")
     if zipf is not None and usage is not None:
         raise InputError("--zipf and --usage both say which slots are hit; leave one out")
     config = load_config(config_path, overrides)
@@ -89,7 +101,10 @@ def plan(
         from msn_dist.planner.tuning import tuned_table
 
         with console.status("") as status:
-            found = sweep(situation, None if most_ms is None else most_ms / 1e3, status.update)
+            found = sweep(situation, None if most_ms is None else most_ms / 1e3, rounding, status.update)
+        if not found:
+            print("no candidate of --tune is within the limits; take more nodes, or raise the limits", file=sys.stderr)
+            return 3
         console.print(tuned_table(found))
         return 0
     found = planning.plan(situation, rounding, date.today().isoformat())
@@ -102,7 +117,8 @@ def plan(
         return 3
     if output is not None:
         write_plan(found, output)
-        console.print(f"written to {output}: msn train {config_path} --plan {output}", soft_wrap=True)
+        command = " ".join(["msn train", str(config_path), *overrides, "--plan", str(output)])
+        console.print(f"written to {output}: {command}", soft_wrap=True, markup=False)
     return 0
 
 
@@ -111,6 +127,6 @@ def _usage(run: Path) -> dict:
     path = run / "memory_usage.json"
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return max(layers.values(), key=lambda layer: layer["rank_curve"]["share_of_hits"][1:2] or [0])
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         raise InputError(f"--usage {run}: no memory_usage.json of a finished run with a memory in it") from None
-    return max(layers.values(), key=lambda layer: layer["rank_curve"]["share_of_hits"][1:2] or [0])

@@ -27,6 +27,9 @@ Strategy = Literal[
 ]
 
 
+MOST_ROWS = 2**30  # of a step
+
+
 class Part(BaseModel):
     """Base of every configuration object: unknown keys and loose types are errors."""
 
@@ -37,7 +40,7 @@ class DataConfig(Part):
     """Where the rows come from and how they are batched."""
 
     path: str = Field(description="folder with schema.yaml and train/, valid/, test/ (see `msn prepare`)")
-    batch_size: PositiveInt = Field(4096, description="rows in a step over all ranks")
+    batch_size: PositiveInt = Field(4096, le=MOST_ROWS, description="rows in a step over all ranks")
     shuffle_buffer: PositiveInt = Field(65_536, description="rows shuffled together on each rank")
     workers: NonNegativeInt = Field(0, description="reader processes per rank; 0 reads in the training process")
 
@@ -45,11 +48,11 @@ class DataConfig(Part):
 class MemoryConfig(Part):
     """Product-key memory of one layer (DESIGN section 1); n = sub_keys ** 2 slots."""
 
-    sub_keys: int = Field(256, ge=2, description="N, sub-keys per axis")
+    sub_keys: int = Field(256, ge=2, le=2**21, description="N, sub-keys per axis")
     top_k: int = Field(32, ge=1, description="k, slots read by one query")
     heads: PositiveInt = 1
     key_dim: PositiveInt = Field(32, description="d_k, width of one half of a key")
-    value_dim: PositiveInt | None = Field(None, description="D_v; null: the model width, without a projection")
+    value_dim: PositiveInt | None = Field(None, le=2**16, description="D_v; null: the model width, unprojected")
     theta: Literal["none", "key", "mix"] = Field("key", description="over-parameterization of the keys")
     layer_norm: bool = Field(True, description="LayerNorm on queries and keys before the similarity")
     tau: PositiveFloat | None = Field(None, description="scale of the similarity; null: key_dim ** -0.5")
@@ -275,6 +278,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text()
     except OSError as error:
         raise InputError(f"{path}: cannot read this file ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is no text in UTF-8") from None
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}")

@@ -25,6 +25,7 @@ _HITS, _FEW_ROWS = 32, 256  # of a bag, and rows that any cache holds
 _BURST = 2**26  # bytes of results that live at once, as in a step: on a CPU memory that is taken anew is dear
 _TABLE_BYTES = {"cuda": 2**31, "cpu": 2**26}  # more than a cache holds
 _BAGS = {"cuda": 32_768, "cpu": 4096}
+_STEADY = 2.0  # what the median round may take of the best one
 Say = Callable[[str], None]
 
 
@@ -85,6 +86,8 @@ def calibrate(
     for name, call in (("all_to_all", _all_to_all), ("all_reduce", _all_reduce)):
         say(name.replace("_", "-"))
         figures[name] = _collective(clock, group, device, call)
+    if clock.unsteady > _STEADY:
+        say(f"note: rounds of a measurement differed {clock.unsteady:.1f} times: something else runs here; repeat it")
     return Machine(
         name=device_name(device),
         kind=device.type,

@@ -44,15 +44,16 @@ def _heading(plan: PlanFile) -> Table:
 
 def _memory(plan: PlanFile, rank: int) -> Table:
     table = Table(title=f"rank {rank}, the fullest", title_justify="left", box=None, pad_edge=False)
+    unit, size = ("GiB", _GIB) if plan.bytes_W[rank] >= _GIB else ("MiB", _MIB)
     table.add_column("memory")
-    table.add_column("GiB", justify="right")
+    table.add_column(unit, justify="right")
     table.add_column("mean", justify="right")
     for kind, bytes_W in plan.storage.items():
         if max(bytes_W):
-            table.add_row(kind, _gib(bytes_W[rank]), _gib(sum(bytes_W) / len(bytes_W)))
+            table.add_row(kind, _short(bytes_W[rank] / size), _short(sum(bytes_W) / len(bytes_W) / size))
     total_W = plan.bytes_W
-    table.add_row("total", _gib(total_W[rank]), _gib(sum(total_W) / len(total_W)), style="bold")
-    table.add_row("may fill", _gib(plan.capacity), "")
+    table.add_row("total", _short(total_W[rank] / size), _short(sum(total_W) / len(total_W) / size), style="bold")
+    table.add_row("may fill", _short(plan.capacity / size), "")
     return table
 
 
@@ -76,11 +77,12 @@ def _time(plan: PlanFile) -> Table:
 def _rivals(plan: PlanFile) -> Table:
     table = Table(title="not chosen", title_justify="left", box=None, pad_edge=False)
     table.add_column("memory")
-    for name in ("ms", "GiB"):
+    unit, size = ("GiB", _GIB) if max(plan.bytes_W) >= _GIB else ("MiB", _MIB)
+    for name in ("ms", unit):
         table.add_column(name, justify="right")
     table.add_column("step; most of it in (ms)")
     for rival in sorted(plan.rivals, key=lambda rival: rival.rounds):
-        table.add_row(_name(rival, plan), f"{1e3 * rival.seconds:.2f}", _gib(rival.bytes), rival.why)
+        table.add_row(_name(rival, plan), f"{1e3 * rival.seconds:.2f}", _short(rival.bytes / size), rival.why)
     return table
 
 
@@ -94,8 +96,8 @@ def _name(rival: Rival, plan: PlanFile) -> str:
     return " ".join(parts)
 
 
-def _gib(size: float) -> str:
-    return f"{size / _GIB:,.2f}" if size < 100 * _GIB else f"{size / _GIB:,.0f}"
+def _short(number: float) -> str:
+    return f"{number:,.2f}" if number < 100 else f"{number:,.0f}"
 
 
 def explain_machine(machine: Machine) -> Table:

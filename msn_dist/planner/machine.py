@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from msn_dist.config import Part, parse, read_yaml
 from msn_dist.errors import InputError
 
 
 def _ascending(points: list[list[float]]) -> list[list[float]]:
-    if not points or any(len(point) != 2 or min(point) <= 0 for point in points):
+    if not points or any(len(point) != 2 or not all(0 < number < math.inf for number in point) for point in points):
         raise ValueError("points are pairs of positive numbers, one at least")
     if any(first[0] >= second[0] for first, second in zip(points, points[1:], strict=False)):
         raise ValueError("points must ascend in their first number")
@@ -93,6 +93,12 @@ class Machine(Part):
     all_reduce: Collective
 
 
+    @model_validator(mode="after")
+    def _possible(self) -> Machine:
+        if (self.retrieve is None) != (self.retrieve_backward is None):
+            raise ValueError("retrieve and retrieve_backward belong together; measure again, or leave both out")
+        return self
+
     def read_seconds(self, hits: float, rows: float, row_bytes: float) -> float:
         """A look-up of so many hits that fall on so many rows."""
         return hits / self.hit_read.at(row_bytes) + rows / self.row_read.at(row_bytes)
@@ -125,9 +131,12 @@ def load_machine(name: str, near: Path | None = None) -> Machine:
     path = Path(name)
     if near is not None and not path.is_absolute() and not path.exists():
         path = near / path
-    if not path.exists():
+    if not path.is_file():
         raise InputError(
             f"machine: {name}: is no built-in profile ({', '.join(BUILT_IN)}) and no file; "
             "`msn calibrate` writes one of this machine"
         )
-    return parse(Machine, read_yaml(path), str(path))
+    tree = read_yaml(path)
+    if "copy_rate" not in tree:
+        raise InputError(f"{path}: is no profile of a machine; `msn calibrate` writes one")
+    return parse(Machine, tree, str(path))

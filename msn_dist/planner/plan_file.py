@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from msn_dist.config import MemoryConfig, Part, RunConfig, parse
 from msn_dist.errors import InputError
 
 _FREE = {"memory.strategy", "memory.wire", "memory.value_dtype"}  # what the plan itself decides
+
+
+Count = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class PlannedMemory(Part):
@@ -33,9 +36,9 @@ class PlannedPhase(Part):
     """Seconds of a step; `hidden` of them beside other phases; bytes that a rank sends."""
 
     name: str
-    seconds: float
-    hidden: float
-    sent: float
+    seconds: Count
+    hidden: Count
+    sent: Count
 
 
 class Rival(Part):
@@ -70,6 +73,20 @@ class PlanFile(Part):
     rivals: list[Rival]
     seconds_over_ranks: dict[str, list[list[float]]]  # of a step by strategy: [ranks, seconds]
 
+    @model_validator(mode="after")
+    def _possible(self) -> PlanFile:
+        for tables in self.id_tables.values():
+            for name, table in tables.items():
+                if (table.sharding == "table_wise") != (table.rank is not None):
+                    raise ValueError(f"id table {name}: a whole table has a rank, one by rows has none")
+                if table.rank is not None and table.rank >= self.world_size:
+                    raise ValueError(f"id table {name} is on rank {table.rank} of {self.world_size}")
+        if not self.storage or any(len(bytes_W) != self.world_size for bytes_W in self.storage.values()):
+            raise ValueError(f"storage must have the bytes of {self.world_size} ranks for every kind")
+        if not self.seconds > 0:
+            raise ValueError("the phases take no time")
+        return self
+
     @property
     def seconds(self) -> float:
         """Of a step."""
@@ -89,7 +106,9 @@ class PlanFile(Part):
                     f"the plan was made for {key}={self.settings.get(key)!r}, and the config has {now.get(key)!r}; "
                     "plan again, or train without --plan"
                 )
-        if self.memory is None or config.memory is None:
+        if (self.memory is None) != (config.memory is None):
+            raise InputError("one of plan and config has a memory and the other has none; plan again")
+        if self.memory is None:
             return config
         tree = config.memory.model_dump() | self.memory.model_dump()
         return config.model_copy(update={"memory": parse(MemoryConfig, tree, "the plan's memory")})

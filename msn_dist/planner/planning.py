@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from msn_dist.config import MOST_ROWS
 from msn_dist.errors import InputError
 from msn_dist.planner.cost import WAITING
 from msn_dist.planner.dense_trace import StepTrace
@@ -14,9 +15,10 @@ from msn_dist.planner.search import Priced, Search
 from msn_dist.planner.simulate import simulate
 from msn_dist.planner.situation import Situation
 from msn_dist.planner.storage import Storage
+from msn_dist.units import binary
 
-_GIB = 2**30
 _MOST_HALVINGS = 12
+_ENOUGH = 3  # changes that fit; with fewer, two at once are tried
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def plan(situation: Situation, rounding: bool, date: str) -> PlanFile | Infeasib
     allowed = [one for one in priced if not one.short and (rounding or search.exact(one.layout))]
     if not allowed:
         least = min(priced, key=lambda one: (not search.exact(one.layout), one.short))
-        return Infeasible(_explained(situation, _lack(situation, least), traces))
+        return Infeasible(_explained(situation, _lack(situation, least, search), traces))
     chosen = allowed[0]
     rivals = [one for one in priced if one is not chosen]
     topology, layout = situation.topology, chosen.layout
@@ -69,7 +71,7 @@ def plan(situation: Situation, rounding: bool, date: str) -> PlanFile | Infeasib
                 seconds=one.time.seconds,
                 bytes=one.fullest,
                 rounds=not search.exact(one.layout),
-                why=f"lacks {one.short / _GIB:,.1f} GiB" if one.short else _slower(one, chosen),
+                why=f"lacks {binary(one.short)}" if one.short else _slower(one, chosen),
             )
             for one in (rivals if situation.memory else ())
         ],
@@ -116,11 +118,13 @@ def _reason(chosen: Priced, rivals: list[Priced], situation: Situation) -> str:
     fitting = [one for one in rivals if not one.short]
     if not fitting:
         return f"it is the only one that fits in {situation.topology.device_gib:g} GiB a rank"
-    return f"the next, {fitting[0].layout.strategy}, would take {_slower(fitting[0], chosen)}"
+    return f"the next best is {fitting[0].layout.strategy}: {_slower(fitting[0], chosen)}"
 
 
 def _slower(one: Priced, chosen: Priced) -> str:
     """By how much, and in which phase most of it is."""
+    if all(any(phase.name == WAITING for phase in priced.time.phases) for priced in (one, chosen)):
+        return f"as fast, the host is slower: device {1e3 * one.time.device:.3g}, not {1e3 * chosen.time.device:.3g}"
     share = one.time.seconds / chosen.time.seconds - 1
     theirs, ours = (
         {phase.name: phase.exposed for phase in priced.time.phases if phase.name != WAITING}
@@ -128,37 +132,40 @@ def _slower(one: Priced, chosen: Priced) -> str:
     )
     sign = 1 if share >= 0 else -1
     most = max(theirs, key=lambda name: sign * (theirs[name] - ours[name]))
-    bound = " (the host is slower still)" if any(phase.name == WAITING for phase in one.time.phases) else ""
     percent = f"{share:+.1%}" if abs(share) < 0.1 else f"{share:+.0%}"
-    return f"{percent}; {most} {1e3 * theirs[most]:.3g}, not {1e3 * ours[most]:.3g}{bound}"
+    return f"{percent}; {most} {1e3 * theirs[most]:.3g}, not {1e3 * ours[most]:.3g}"
 
 
-def _lack(situation: Situation, least: Priced) -> str:
+def _lack(situation: Situation, least: Priced, search: Search) -> str:
     rank = max(range(len(least.storage_W)), key=lambda rank: least.storage_W[rank].total)
     largest = sorted(_kinds(least).items(), key=lambda kind: -kind[1][rank])[:3]
-    parts = ", ".join(f"{name} {sizes_W[rank] / _GIB:,.1f}" for name, sizes_W in largest)
+    parts = ", ".join(f"{name} {binary(sizes_W[rank])}" for name, sizes_W in largest)
     how = f" with {least.layout.strategy}, which needs least" if situation.memory else ""
+    ids = "" if search.ids.tables else ", id tables not counted"
     return (
-        f"rank {rank} lacks {least.short / _GIB:,.1f} GiB{how}: "
-        f"{least.fullest / _GIB:,.1f} ({parts}, ...) of {least.capacity / _GIB:,.1f}"
+        f"rank {rank} lacks {binary(least.short)}{how}: it would take {binary(least.fullest)} "
+        f"({parts}, ...{ids}) and may fill {binary(least.capacity)}"
     )
 
 
 def _explained(situation: Situation, lack: str, traces: dict[str, StepTrace]) -> str:
-    lines = [f"{situation.config.name} does not fit {situation.topology.name}. {lack}"]
+    lines = [f"{situation.config.name} does not fit {situation.topology.name}. {lack}."]
     fitting = list(_changes(situation, traces))
     if fitting:
-        lines.append("Each of these would fit:")
+        lines.append("Each of these would fit, with so much on the fullest rank:")
         width = max(len(change) for change, _ in fitting)
-        lines += [f"  {change:{width}}  {size / _GIB:8,.1f} GiB on the fullest rank" for change, size in fitting]
+        lines += [f"  {change:{width}}  {binary(size)}" for change, size in fitting]
     else:
-        lines.append("No single change of width, slots, batch, bits or nodes would fit; combine them (msn plan --tune)")
+        lines.append("No halving of slots, width, batch or bits would fit, nor up to 32 times the nodes.")
     return "\n".join(lines)
 
 
 def _changes(situation: Situation, traces: dict[str, StepTrace]) -> Iterator[tuple[str, int]]:
     """(what to change, bytes of the fullest rank then): of each kind the smallest change that fits."""
-    for changes in (_narrower, _fewer_slots, _narrower_values, _smaller_batch, _more_nodes):
+    found = 0
+    for changes in (_narrower, _fewer_slots, _narrower_values, _smaller_batch, _more_nodes, _both):
+        if changes is _both and found >= _ENOUGH:
+            return
         for name, changed in changes(situation):
             if changed.least_table_bytes > changed.topology.device_bytes:
                 continue
@@ -167,6 +174,7 @@ def _changes(situation: Situation, traces: dict[str, StepTrace]) -> Iterator[tup
             except (NoRoom, InputError):
                 continue
             if fitting := search.fastest():
+                found += 1
                 yield name, fitting.fullest
                 break
 
@@ -201,6 +209,13 @@ def _narrower_values(situation: Situation) -> Iterator[tuple[str, Situation]]:
         dim //= 2
 
 
+def _both(situation: Situation) -> Iterator[tuple[str, Situation]]:
+    """Fewer slots of 16 bits, as many as fit."""
+    for bits, narrower in _narrower(situation):
+        for slots, fewer in _fewer_slots(narrower):
+            yield f"{bits} {slots}", fewer
+
+
 def _smaller_batch(situation: Situation) -> Iterator[tuple[str, Situation]]:
     batch = situation.config.data.batch_size // 2
     while batch >= situation.topology.world:
@@ -217,7 +232,9 @@ def _more_nodes(situation: Situation) -> Iterator[tuple[str, Situation]]:
         return
     for factor in (2, 4, 8, 16, 32):
         larger = topology.model_copy(update={"nodes": factor * topology.nodes})
+        if situation.config.data.batch_size * factor > MOST_ROWS:
+            return
         data = situation.config.data.model_copy(update={"batch_size": factor * situation.config.data.batch_size})
         config = situation.config.model_copy(update={"data": data})
         there = Situation(config, situation.schema, larger, situation.machine, situation.popularity)
-        yield f"nodes: {larger.nodes} in the topology, with {data.batch_size:,} rows a step", there
+        yield f"data.batch_size={data.batch_size}, nodes: {larger.nodes} in the topology", there

@@ -12,13 +12,12 @@ from typing import get_args
 
 from msn_dist.config import Strategy
 from msn_dist.errors import InputError
-from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.planner.cost import ModelTime, StepTime, step_time
 from msn_dist.planner.dense_trace import StepTrace, trace_step
 from msn_dist.planner.id_placement import IdPlan, place_ids
 from msn_dist.planner.layout import Layout
 from msn_dist.planner.situation import Situation
-from msn_dist.planner.storage import Storage, memory_rows, rank_storage
+from msn_dist.planner.storage import Storage, rank_storage
 
 _NARROWER = {"fp32": ("fp32", "bf16"), "bf16": ("bf16",), "fp16": ("fp16",)}
 _ROUNDING, _WORTH = 3, 0.99  # layouts that round more are priced in full if they are among the fastest and win so much
@@ -59,8 +58,8 @@ class Search:
         self.trace = _traced(situation, {} if traces is None else traces)
         self.layouts = list(self._layouts()) if situation.memory else [situation.bare_layout]
         if ids is None:
-            least = min((layout for layout in self.layouts if self.exact(layout)), key=self._memory_bytes)
-            without = max(storage.total for storage in self._storage_W(least, []))
+            totals = (self._storage_W(layout, []) for layout in self.layouts if self.exact(layout))
+            without = min(max(storage.total for storage in storage_W) for storage_W in totals)
             nothing_fits = without > situation.topology.device_bytes
             ids = IdPlan([], 0.0) if nothing_fits else place_ids(situation, without)
         self.ids = ids
@@ -121,8 +120,9 @@ class Search:
             possible, wires = [memory.strategy], [memory.wire]
         else:
             wires = _WIRES[_WIRES.index(memory.wire) :]
+        dtypes = _NARROWER[memory.value_dtype] if memory.lookup != "fbgemm" else (memory.value_dtype,)
         for strategy in possible:
-            for dtype in _NARROWER[memory.value_dtype]:
+            for dtype in dtypes:
                 for wire in wires:
                     yield self.situation.layout(strategy, wire, dtype)
 
@@ -131,10 +131,6 @@ class Search:
         distinct = None if situation.memory is None else round(situation.load.rows(1))
         return rank_storage(situation.config, situation.schema, layout, self.trace, tables, distinct)
 
-    def _memory_bytes(self, layout: Layout) -> int:
-        rows, columns, state, _ = memory_rows(self.situation.config, layout, 0)
-        return rows * columns * VALUE_DTYPES[layout.value_dtype].itemsize + 4 * state
-
 
 def _why_not(situation: Situation, strategy: str) -> str | None:
     """Why these ranks cannot have it, or None."""
@@ -142,6 +138,8 @@ def _why_not(situation: Situation, strategy: str) -> str | None:
     world = topology.world
     if world == 1:
         return None
+    if strategy in ("column", "replicated") and situation.memory.lookup in ("fbgemm", "triton"):
+        return f"{strategy} takes part of every step from other ranks, which lookup: {situation.memory.lookup} cannot"
     if strategy == "two_level" and 1 in (topology.nodes, topology.ranks_per_node):
         return "two_level needs several nodes of several ranks"
     if strategy == "column" and -(-dim // world) * (world - 1) >= dim:

@@ -55,12 +55,32 @@ class Situation:
         topology, batch = self.topology, self.config.data.batch_size
         if batch < topology.world:
             raise InputError(f"data.batch_size={batch} leaves some of {topology.world} ranks without a row; raise it")
+        self._require_back_ends()
         if self.machine.kind == "cpu" and self.machine.ranks != topology.ranks_per_node:
             raise InputError(
                 f"the profile of {self.machine.name} was measured with {self.machine.ranks} ranks at once, and the "
                 f"topology has {topology.ranks_per_node} on a node, which share its cores; "
                 f"run msn calibrate --nproc {topology.ranks_per_node}"
             )
+
+    def _require_back_ends(self) -> None:
+        """InputError for what a run on these devices would refuse."""
+        kind, device, memory = self.machine.kind, self.config.training.device, self.config.memory
+        if device not in ("auto", kind):
+            raise InputError(
+                f"training.device={device}, and the topology's ranks are {kind}: {self.machine.name}; "
+                f"set training.device={kind} or auto, or take another topology"
+            )
+        if memory is None:
+            return
+        for name, back_end in (("lookup", memory.lookup), ("retrieval", memory.retrieval)):
+            if back_end == "triton" and kind == "cpu":
+                raise InputError(f"memory.{name}=triton needs a GPU, and the topology's ranks are CPUs; set it to auto")
+        rounds = memory.value_dtype == "bf16" or (memory.value_dtype == "fp16" and kind == "cpu")
+        if memory.lookup == "fbgemm" and rounds:
+            raise InputError(f"memory.lookup=fbgemm cannot train values of {memory.value_dtype}; set lookup to auto")
+        if memory.chunks > self.rows:
+            raise InputError(f"memory.chunks={memory.chunks} is more than the {self.rows} rows of a rank; lower it")
 
     def with_config(self, config: RunConfig) -> Situation:
         return replace(self, config=config)

@@ -13,14 +13,16 @@ from pydantic import Field, PositiveInt
 from msn_dist.config import Part, parse, read_yaml
 from msn_dist.errors import InputError
 
-Positive = Annotated[float, Field(gt=0.0)]
+Positive = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]
 
 
 class Link(Part):
     """What one rank can send over it in one direction, while it receives as much."""
 
-    bandwidth_gb_s: Positive = Field(description="10^9 bytes a second of one rank")
-    latency_us: Annotated[float, Field(ge=0.0)] = Field(description="of one collective, whatever its size")
+    bandwidth_gb_s: Positive = Field(ge=1e-3, description="10^9 bytes a second of one rank")
+    latency_us: Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)] = Field(
+        description="of one collective, whatever its size"
+    )
 
     @property
     def bytes_per_second(self) -> float:
@@ -36,7 +38,7 @@ class Topology(Part):
     """`nodes` times `ranks_per_node` ranks."""
 
     name: str
-    machine: str = Field(description="a built-in profile (h200, h100, a100, cpu), or a file of `msn calibrate`")
+    machine: str = Field(min_length=1, description="h200, h100, a100, or a file of `msn calibrate`")
     nodes: PositiveInt = 1
     ranks_per_node: PositiveInt
     device_gib: Positive = Field(description="memory that a rank may fill, of its GPU or of its share of the host")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from msn_dist.training.figures import Chart, Format, Line, bar_chart, count, line_chart, percent, plain
-from msn_dist.training.units import binary
+from msn_dist.units import binary
 
 Record = dict[str, Any]
 

@@ -29,7 +29,7 @@ from msn_dist.errors import InputError
 from msn_dist.training.console import Console
 from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import Ranks
-from msn_dist.training.units import binary
+from msn_dist.units import binary
 
 _SHOWN = 3  # of the tensors that do not fit
 

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from msn_dist.training.run_directory import RunDirectory
-from msn_dist.training.units import binary
+from msn_dist.units import binary
 
 
 class Console:

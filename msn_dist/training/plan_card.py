@@ -8,7 +8,7 @@ import numpy as np
 
 from msn_dist.training.cards import Card, Grid, Record
 from msn_dist.training.figures import SERIES_COLORS, Chart, Line, lane_chart, scaling_chart, stack_chart, three
-from msn_dist.training.units import binary
+from msn_dist.units import binary
 
 if TYPE_CHECKING:
     from msn_dist.planner.plan_file import PlanFile
