@@ -25,7 +25,7 @@ _HITS, _FEW_ROWS = 32, 256  # of a bag, and rows that any cache holds
 _BURST = 2**26  # bytes of results that live at once, as in a step: on a CPU memory that is taken anew is dear
 _TABLE_BYTES = {"cuda": 2**31, "cpu": 2**26}  # more than a cache holds
 _BAGS = {"cuda": 32_768, "cpu": 4096}
-_STEADY = 2.0  # what the median round may take of the best one
+_STEADY = 3.0  # what the slowest round of a measurement may take of its fastest
 Say = Callable[[str], None]
 
 

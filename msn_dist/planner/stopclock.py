@@ -15,7 +15,7 @@ _QUEUE_CYCLES = 20_000_000  # what a GPU waits while calls are queued behind it,
 
 
 class Stopclock:
-    """The best of some rounds on each rank, then the mean over ranks; every method is a collective call of `control`.
+    """The median of some rounds on each rank, then the mean over ranks; every method is a collective call of `control`.
 
     A round is as long as some time slices of the system: with more ranks than cores, a single call would be as fast as
     with one.
@@ -23,7 +23,7 @@ class Stopclock:
 
     def __init__(self, device: torch.device, control: dist.ProcessGroup) -> None:
         self.device, self._control = device, control
-        self.unsteady = 1.0  # the most that a round took of the time of the best
+        self.unsteady = 1.0  # the slowest round of an operation over its fastest, at most
 
     def seconds(self, call: Callable[[], Any]) -> float:
         """One call, on the device; ranks may make different numbers of calls."""
@@ -36,7 +36,7 @@ class Stopclock:
             while time.perf_counter() < until:  # all ranks for as long, whatever each of them manages
                 spent, made = spent + self._timed(call, calls), made + calls
             rounds.append(spent / made)
-        return self._best(rounds)
+        return self._settled(rounds)
 
     def collective(self, call: Callable[[], Any], calls: int) -> float:
         """One call that needs all ranks."""
@@ -45,11 +45,11 @@ class Stopclock:
         for _ in range(_ROUNDS):
             self.together()
             rounds.append(self._timed(call, calls) / calls)
-        return self._best(rounds)
+        return self._settled(rounds)
 
-    def _best(self, rounds: list[float]) -> float:
-        self.unsteady = max(self.unsteady, statistics.median(rounds) / min(rounds))
-        return self.mean(min(rounds))
+    def _settled(self, rounds: list[float]) -> float:
+        self.unsteady = max(self.unsteady, max(rounds) / min(rounds))
+        return self.mean(statistics.median(rounds))
 
     def host_seconds(self, call: Callable[[], Any], calls: int) -> float:
         """What the host spends on one call, whatever the device has yet to do."""
