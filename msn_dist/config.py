@@ -75,6 +75,10 @@ class MemoryConfig(Part):
         "auto", description="back end of the search for slots; auto: triton on a GPU, else reference"
     )
 
+    def parts(self, tokens: int) -> int:
+        """Groups of tokens that each have N^2 slots of their own in the table."""
+        return {"all": 1, "group": self.groups or 1, "token": tokens}[self.share]
+
     @model_validator(mode="after")
     def _possible(self) -> MemoryConfig:
         if self.top_k > self.sub_keys:

@@ -29,7 +29,7 @@ class Memory(nn.Module):
     ) -> None:
         super().__init__()
         value_dim = config.value_dim or width
-        groups = {"all": 1, "group": config.groups or 1, "token": tokens}[config.share]
+        groups = config.parts(tokens)
         if tokens % groups:
             raise InputError(f"memory.groups={groups} does not divide tokens={tokens}")
         if value_dim % 4:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from msn_dist.planner.dense_trace import Op, StepTrace
 from msn_dist.planner.exchange_work import Work, exchange_work
@@ -24,6 +24,7 @@ from msn_dist.planner.layout import Layout
 from msn_dist.planner.load import Message, expected_bytes
 from msn_dist.planner.machine import Collective, Machine
 from msn_dist.planner.situation import Situation
+from msn_dist.planner.storage import batch_bytes
 from msn_dist.planner.topology import Topology
 
 WAITING = "waiting for the host"
@@ -52,7 +53,6 @@ class StepTime:
     """One training step of the busiest rank."""
 
     phases: list[Phase]
-    messages: list[Message] = field(default_factory=list)  # of all memories
 
     @property
     def seconds(self) -> float:
@@ -96,7 +96,6 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
     """The phases of a step, in which the id tables take `id_seconds`."""
     machine, topology, memories = situation.machine, situation.topology, situation.memories
     phases = [Phase("dense network", model.dense)]
-    messages: list[Message] = []
     operators = model.operators + _ID_OPERATORS
     if memories:
         load, chunks = situation.load, situation.memory.chunks
@@ -111,12 +110,13 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
         Phase("id tables", id_seconds),
         _dense_gradients(model, machine, topology),
         Phase("optimizer", model.optimizer),
+        Phase("batch to the device", _batch(situation)),
     ]
     device = sum(phase.exposed for phase in phases)
     host = operators * machine.dispatch.seconds
     if host > device:
         phases.append(Phase(WAITING, host - device))
-    return StepTime(phases, messages)
+    return StepTime(phases)
 
 
 def operator_seconds(op: Op, machine: Machine) -> float:
@@ -220,6 +220,14 @@ def _dense_gradients(model: ModelTime, machine: Machine, topology: Topology) -> 
     seconds = buckets * latency + sent / bandwidth
     hidden = 0.0 if machine.kind == "cpu" else min(seconds * (buckets - 1) / buckets, model.dense * 2 / 3)
     return Phase("dense gradients", seconds, hidden, sent)
+
+
+def _batch(situation: Situation) -> float:
+    """Copied by the training process before a step."""
+    if situation.machine.kind == "cpu":
+        return 0.0
+    size = batch_bytes(situation.schema, situation.rows)
+    return size / situation.machine.host_link.at(size)
 
 
 def _link(collective: Collective, topology: Topology) -> tuple[float, float]:

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-from msn_dist.config import MemoryConfig
-
-Tier = Literal["device", "host"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +19,3 @@ class Layout:
     @property
     def nodes(self) -> int:
         return self.world // self.ranks_per_node
-
-    def applied_to(self, memory: MemoryConfig) -> MemoryConfig:
-        """The configuration that trains so."""
-        chosen = {"strategy": self.strategy, "wire": self.wire, "value_dtype": self.value_dtype}
-        return memory.model_copy(update=chosen)

@@ -14,6 +14,7 @@ from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.planner.layout import Layout
 from msn_dist.planner.load import Load
 from msn_dist.planner.machine import Machine
+from msn_dist.planner.storage import slots_of
 from msn_dist.planner.topology import Topology
 
 # one object for as many ranks as are looked at, with what it has worked out
@@ -102,14 +103,9 @@ class Situation:
         return len(getattr(self.config.model, "layers_with_memory", [0]))
 
     @property
-    def groups(self) -> int:
-        memory = self.memory
-        return {"all": 1, "group": memory.groups or 1, "token": self.config.model.tokens}[memory.share]
-
-    @property
     def slots(self) -> int:
         """n of a table."""
-        return self.memory.sub_keys**2 * self.groups
+        return slots_of(self.config)
 
     @property
     def dim(self) -> int:
@@ -130,7 +126,8 @@ class Situation:
         if self.memory is None:
             return None
         bags, hits = self.rows * self.config.model.tokens, self.memory.heads * self.memory.top_k
-        return self.popularity.load(self.slots, bags, hits, self.groups)
+        groups = self.memory.parts(self.config.model.tokens)
+        return self.popularity.load(self.slots, bags, hits, groups)
 
     @property
     def bare_layout(self) -> Layout:

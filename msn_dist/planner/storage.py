@@ -119,8 +119,7 @@ def memory_rows(config: RunConfig, layout: Layout, rank: int) -> tuple[int, int,
 
 def slots_of(config: RunConfig) -> int:
     """n of one memory."""
-    memory = config.memory
-    return memory.sub_keys**2 * {"all": 1, "group": memory.groups or 1, "token": config.model.tokens}[memory.share]
+    return config.memory.sub_keys**2 * config.memory.parts(config.model.tokens)
 
 
 def batch_bytes(schema: Schema, rows: int) -> int:

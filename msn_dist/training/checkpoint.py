@@ -172,12 +172,14 @@ def _conversions(state: Mapping[str, Tensor], stored: Mapping[str, TensorStorage
 
 
 def _local_bytes(tree: Any) -> int:
-    """Of this rank's parts of tables, and of dense tensors on the rank that writes them."""
+    """Of this rank's parts of tables, and of what all ranks have on the one that writes it."""
     if isinstance(tree, dict):
         return sum(map(_local_bytes, tree.values()))
     if isinstance(tree, DTensor):
         local = tree.to_local()
         parts = local.local_shards() if hasattr(local, "local_shards") else [local]
+        if all(placement.is_replicate() for placement in tree.placements) and dist.get_rank():
+            return 0
         return sum(part.numel() * part.element_size() for part in parts)
     if isinstance(tree, Tensor):
         return tree.numel() * tree.element_size() if dist.get_rank() == 0 else 0
