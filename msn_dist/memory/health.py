@@ -16,7 +16,8 @@ from torch import Tensor
 
 _BINS = 32 << 6  # counts below 2^31: 6 mantissa bits in each of 32 octaves
 _MANTISSA = 23 - 6
-_CHUNK = 2**22  # rows looked at together: no temporary of the table's size
+# rows looked at together: no temporary of the table's size
+_CHUNK = {"cpu": 2**22, "cuda": 2**25}
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,20 @@ class SlotUsage:
         slots_per_bin = torch.zeros(_BINS, dtype=torch.float64, device=device)
         hits_per_bin, owners = torch.zeros_like(slots_per_bin), slots_per_bin.new_zeros(world)
         hits_log_hits, ever = slots_per_bin.new_zeros(()), slots_per_bin.new_zeros(())
-        for window_C, ever_C in zip(self.window_R.split(_CHUNK), self.ever_R.split(_CHUNK), strict=True):
-            ever_C |= window_C != 0
-            # a count that has passed 2^31 is negative
-            hits_C = torch.where(window_C < 0, 2.0**31 - 128, window_C.to(torch.float32))
-            bins_C = ((hits_C.view(torch.int32) >> _MANTISSA) - ((127 << 6) - 1)).clamp(min=0).to(torch.int64)
-            slots_per_bin += torch.bincount(bins_C, minlength=_BINS)
-            hits_C = hits_C.to(torch.float64)
-            hits_per_bin += torch.bincount(bins_C, weights=hits_C, minlength=_BINS)
-            hits_log_hits += torch.special.xlogy(hits_C, hits_C).sum()
+        chunk = _CHUNK[device.type]
+        for window_C, ever_C in zip(self.window_R.split(chunk), self.ever_R.split(chunk), strict=True):
+            hit_C = window_C != 0
+            ever_C |= hit_C
             ever += ever_C.sum()
+            window_X = window_C[hit_C]  # of a large table most rows have no hit
+            # a count that has passed 2^31 is negative
+            hits_X = torch.where(window_X < 0, 2.0**31 - 128, window_X.to(torch.float32))
+            bins_X = ((hits_X.view(torch.int32) >> _MANTISSA) - ((127 << 6) - 1)).to(torch.int64)
+            slots_per_bin += torch.bincount(bins_X, minlength=_BINS)
+            slots_per_bin[0] += len(window_C) - len(window_X)
+            hits_X = hits_X.to(torch.float64)
+            hits_per_bin += torch.bincount(bins_X, weights=hits_X, minlength=_BINS)
+            hits_log_hits += torch.special.xlogy(hits_X, hits_X).sum()
         owners[rank] = hits_per_bin.sum()
         parts = torch.cat([slots_per_bin, hits_per_bin, owners, torch.stack([hits_log_hits, ever])])
         if world > 1:

@@ -9,6 +9,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from msn_dist.config import DataConfig
 from msn_dist.data.handshake import in_step
+from msn_dist.data.on_device import on_device
 from msn_dist.data.parquet import ParquetReader
 from msn_dist.data.schema import Schema
 from msn_dist.errors import InputError
@@ -43,8 +44,7 @@ def evaluate(
     """Metrics of every task over all rows of all ranks; a collective call that leaves the model in eval mode."""
     model.eval()
     metrics = RankingMetrics(schema.labels, ranks.control)
-    for batch, _ in in_step(data, schema, ranks.control):
-        batch = batch.to(ranks.device)
+    for batch, _ in on_device(in_step(data, schema, ranks.control), ranks.device):
         with autocast(ranks.device, precision):
             output = model(batch)
         metrics.update(output.logits_BK, batch.labels_BK, batch.groups_B)

@@ -41,7 +41,8 @@ class Optimizers:
             {"params": [p for p in parameters if p in decaying], "weight_decay": self._config.dense.weight_decay},
             {"params": [p for p in parameters if p not in decaying], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([group for group in groups if group["params"]], lr=self._config.dense.lr)
+        fused = all(parameter.device.type == "cuda" for parameter in parameters)  # else one pass for every operation
+        return torch.optim.AdamW([group for group in groups if group["params"]], lr=self._config.dense.lr, fused=fused)
 
     def set_rates(self, step: int) -> float:
         """Set all rates for step `step` (from 0) before its forward; returns the dense one."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from msn_dist.config import RunConfig
 from msn_dist.data.batch import Batch
 from msn_dist.data.handshake import in_step
+from msn_dist.data.on_device import on_device
 from msn_dist.data.parquet import ParquetReader
 from msn_dist.data.schema import Schema
 from msn_dist.errors import InputError
@@ -103,7 +104,7 @@ class Trainer:
     def _train_epoch(self, console: Console) -> None:
         settings = self.config.training
         self.model.train()
-        steps = in_step(self.train_data, self.schema, self.ranks.control)
+        steps = on_device(in_step(self.train_data, self.schema, self.ranks.control), self.ranks.device)
         self._resume_clocks()
         for batch, rows in steps if self.forecast is None else self.forecast.watched(steps):
             self._interval.add(self._train_step(batch, rows), rows)
@@ -132,7 +133,6 @@ class Trainer:
         since DistributedDataParallel averages gradients over ranks, each rank's share is scaled by W.
         """
         self.learning_rate = self.optimizers.set_rates(self.step)
-        batch = batch.to(self.ranks.device)
         with autocast(self.ranks.device, self.config.training.precision):
             output = self.model(batch)
         sums_K = task_losses(output.logits_BK, batch.labels_BK)
