@@ -19,10 +19,11 @@ class TargetAttention(nn.Module):
 
     def __init__(self, width: int, hidden: int = 32):
         super().__init__()
-        self.score = nn.Sequential(nn.Linear(4 * width, hidden), nn.GELU(), nn.Linear(hidden, 1))
+        # a softmax takes out what all scores have in common: a bias of the last layer would be rounding errors alone
+        self.score = nn.Sequential(nn.Linear(4 * width, hidden), nn.GELU(), nn.Linear(hidden, 1, bias=False))
 
     def forward(self, target_BF: Tensor, events_NF: Tensor, lengths_B: Tensor) -> Tensor:
-        row_N = rows_of_events(lengths_B)
+        row_N = rows_of_events(lengths_B, events_NF.shape[0])
         target_NF = target_BF.index_select(0, row_N)
         pair_N4F = torch.cat([target_NF, events_NF, target_NF - events_NF, target_NF * events_NF], 1)
         score_N = self.score(pair_N4F).squeeze(1).float()
@@ -35,12 +36,12 @@ class TargetAttention(nn.Module):
 
 
 @torch.fx.wrap
-def rows_of_events(lengths_B: Tensor) -> Tensor:
-    """The row of every event: [N] int64."""
-    return torch.arange(lengths_B.shape[0], device=lengths_B.device).repeat_interleave(lengths_B)
+def rows_of_events(lengths_B: Tensor, events: int) -> Tensor:
+    """The row of every event: [N] int64.  Told how many there are, torch need not ask the device."""
+    return torch.arange(lengths_B.shape[0], device=lengths_B.device).repeat_interleave(lengths_B, output_size=events)
 
 
 def sum_of_lists(values_NF: Tensor, lengths_B: Tensor) -> Tensor:
     """Sum over each row's events: [B, F]."""
     sums_BF = values_NF.new_zeros(lengths_B.shape[0], values_NF.shape[1])
-    return sums_BF.index_add(0, rows_of_events(lengths_B), values_NF)
+    return sums_BF.index_add(0, rows_of_events(lengths_B, values_NF.shape[0]), values_NF)
