@@ -134,7 +134,7 @@ def trace_steps(trainee: Trainee, steps: int, path: Path) -> dict[str, float]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     # a step before, while the profiler gets ready
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1)
-    with torch.profiler.profile(activities=activities, schedule=schedule) as profiler:
+    with torch.profiler.profile(activities=activities, schedule=schedule, acc_events=True) as profiler:
         for step in range(1 + steps):
             trainee.step()
             if on_gpu and step in (0, steps):  # or its kernels would run into the next step's time

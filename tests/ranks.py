@@ -24,8 +24,8 @@ def run_ranks(
     """Call ``function(rank, world_size, *args)`` on `world_size` processes; return what each rank returned.
 
     `function` must be at the top level of a module. In every process a default group of `backend` is
-    up and torch has one thread; UserWarnings are errors. With nccl all ranks share the first GPU, each
-    as a node of its own. The first failure is raised here with its traceback, as AssertionError; so is
+    up and torch has one thread; UserWarnings are errors. With nccl a rank has a GPU of its own, or where
+    these are too few all share the first, each as a node of its own. The first failure is raised here with its traceback, as AssertionError; so is
     a rank that is not done after `timeout` seconds.
     """
     with tempfile.TemporaryDirectory() as name:
@@ -61,12 +61,15 @@ def _rank(
     timeout: float,
     backend: str,
 ) -> None:
+    shared = backend == "nccl" and torch.cuda.device_count() < world_size
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank if backend == "gloo" else 0),
-        "LOCAL_WORLD_SIZE": str(world_size if backend == "gloo" else 1),
+        "LOCAL_RANK": str(0 if shared else rank),
+        "LOCAL_WORLD_SIZE": str(1 if shared else world_size),
     }
+    if backend == "nccl" and not shared:
+        torch.cuda.set_device(rank)
     torch.set_num_threads(1)
     dist.init_process_group(
         backend,

@@ -57,7 +57,8 @@ def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> 
     Kernels are the default on a GPU, and get everything; the interpreter is slow, and gets one step of the first case.
     Returns what was compared.
     """
-    device, compared = torch.device(device), []
+    compared = []
+    device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     for case in CASES:
         rows = sum(case.rows_per_rank(world))
         expected, one_step = plain(case, rows, steps=3), plain(case, rows, steps=1)
@@ -149,7 +150,7 @@ def test_every_strategy_equals_the_plain_memory(world: int) -> None:
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_strategy_equals_the_plain_memory_on_a_gpu(world: int, backend: str) -> None:
-    """Several NCCL ranks share a GPU if NCCL is 2.30 or newer and NCCL_MULTI_RANK_GPU_ENABLE=1."""
+    """With fewer GPUs than ranks NCCL must be 2.30 or newer, and NCCL_MULTI_RANK_GPU_ENABLE=1."""
     compared, *_ = run_ranks(parity_of_all, world, "cuda", list(STRATEGIES), backend=backend)
     print(f"{backend} on {torch.cuda.get_device_name()}", *compared, sep="\n")
 
