@@ -4,7 +4,11 @@ For every number of ranks the machine is calibrated anew; then every shape is pl
 planted set, and compared: milliseconds of a step (from the 11th to the 50th), and on a GPU the peak of its memory.
 Slots are expected to be hit as a first such run has counted them (`msn plan --usage`).
 
-Writes benchmarks/results/plan_accuracy.csv.  --ranks 1 2 4 are the numbers of ranks, --device cuda takes GPUs.
+--strategies trains every other exact strategy as well, from the same plan with its strategy changed, and tells how
+often the planner has the order of two right and how much slower the chosen one is than the fastest.
+
+Writes benchmarks/results/plan_accuracy.csv, or plan_accuracy_cuda.csv; with --strategies plan_order.csv, or
+plan_order_cuda.csv.  --ranks 1 2 4 are the numbers of ranks, --shapes 0 2 some of the shapes, --device cuda takes GPUs.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,77 +29,179 @@ import yaml
 from benchmarks.results import write_rows
 
 STEPS = 60
-SHAPES: dict[str, dict[str, Any]] = {
-    "msn_ffn, 256^2 slots of 64": {
-        "model": {"backbone": "rankmixer", "tokens": 8, "width": 64, "layers": 2},
-        "memory": {"sub_keys": 256, "top_k": 32},
+CLEAR = 0.1  # two strategies are told apart if one is measured to be so much slower
+ROWS = {"cpu": 2048, "cuda": 8192}  # of a step: over all ranks of a CPU, which share its cores; on each GPU
+SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    "cpu": {
+        "msn_ffn, 256^2 slots of 64": {
+            "model": {"backbone": "rankmixer", "tokens": 8, "width": 64, "layers": 2},
+            "memory": {"sub_keys": 256, "top_k": 32},
+        },
+        "msn_ffn, 128^2 slots of 32": {
+            "model": {"backbone": "rankmixer", "tokens": 4, "width": 32, "layers": 2},
+            "memory": {"sub_keys": 128, "top_k": 16},
+        },
+        "dlrm, 512^2 slots of 64": {
+            "model": {"backbone": "dlrm", "hidden": [400, 400], "tokens": 4, "width": 64},
+            "memory": {"sub_keys": 512, "top_k": 16},
+        },
+        "msn_smoe, 64^2 slots of 64": {
+            "model": {"backbone": "rankmixer", "block": "msn_smoe", "tokens": 4, "width": 64, "layers": 2},
+            "memory": {"sub_keys": 64, "top_k": 8},
+        },
     },
-    "msn_ffn, 128^2 slots of 32": {
-        "model": {"backbone": "rankmixer", "tokens": 4, "width": 32, "layers": 2},
-        "memory": {"sub_keys": 128, "top_k": 16},
-    },
-    "dlrm, 512^2 slots of 64": {
-        "model": {"backbone": "dlrm", "hidden": [400, 400], "tokens": 4, "width": 64},
-        "memory": {"sub_keys": 512, "top_k": 16},
-    },
-    "msn_smoe, 64^2 slots of 64": {
-        "model": {"backbone": "rankmixer", "block": "msn_smoe", "tokens": 4, "width": 64, "layers": 2},
-        "memory": {"sub_keys": 64, "top_k": 8},
+    "cuda": {
+        "msn_ffn, 1024^2 slots of 256": {
+            "model": {"backbone": "rankmixer", "tokens": 16, "width": 256, "layers": 4},
+            "memory": {"sub_keys": 1024, "top_k": 32},
+        },
+        "msn_ffn, 4096^2 slots of 64 in bf16": {
+            "model": {"backbone": "rankmixer", "tokens": 16, "width": 512, "layers": 2},
+            "memory": {"sub_keys": 4096, "top_k": 32, "value_dim": 64, "value_dtype": "bf16"},
+            "training": {"precision": "bf16"},
+        },
+        "dlrm, 2048^2 slots of 128": {
+            "model": {"backbone": "dlrm", "hidden": [2048, 2048], "tokens": 16, "width": 128},
+            "memory": {"sub_keys": 2048, "top_k": 32},
+        },
+        "msn_smoe, 512^2 slots of 128": {
+            "model": {"backbone": "rankmixer", "block": "msn_smoe", "tokens": 16, "width": 128, "layers": 2},
+            "memory": {"sub_keys": 512, "top_k": 32},
+        },
     },
 }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one number of ranks is planned for and trained."""
+
+    folder: Path
+    device: str
+    ranks: int
+
+    @property
+    def topology(self) -> Path:
+        return self.folder / f"{self.ranks}.yaml"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=tuple(SHAPES), default="cpu")
+    parser.add_argument("--shapes", type=int, nargs="+", help="numbers of shapes, from 0; all of them if left out")
+    parser.add_argument("--strategies", action="store_true", help="train the strategies that were not chosen too")
     parser.add_argument("--gib", type=float, default=4.0, help="that a rank may fill")
     chosen = parser.parse_args()
+    shapes = list(SHAPES[chosen.device])
+    if chosen.shapes is not None:
+        shapes = [shapes[number] for number in chosen.shapes]
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        msn("prepare", "synthetic", str(folder / "data"), "--rows", str(2 * STEPS * 2048))
+        most = ROWS[chosen.device] * (max(chosen.ranks) if chosen.device == "cuda" else 1)
+        msn("prepare", "synthetic", str(folder / "data"), "--rows", str(2 * STEPS * most))
         for ranks in chosen.ranks:
-            profile, topology = folder / f"{ranks}.json", folder / f"{ranks}.yaml"
-            msn("calibrate", "--nproc", str(ranks), "--device", chosen.device, "--output", str(profile))
-            here = {"name": "here", "machine": str(profile), "ranks_per_node": ranks, "device_gib": chosen.gib}
-            topology.write_text(yaml.safe_dump(here))
-            rows += [compare(folder, shape, ranks, chosen.device, topology) for shape in SHAPES]
-    write_rows("plan_accuracy.csv", rows)
+            place = Place(folder, chosen.device, ranks)
+            calibrated(place, chosen.gib)
+            for shape in shapes:
+                rows += compared(place, shape, chosen.strategies)
+    name = "plan_order" if chosen.strategies else "plan_accuracy"
+    write_rows(f"{name}{'_cuda' * (chosen.device == 'cuda')}.csv", rows)
+    if chosen.strategies:
+        print(order(rows))
 
 
-def compare(folder: Path, shape: str, ranks: int, device: str, topology: Path) -> dict[str, Any]:
-    """A row of the CSV."""
-    config = folder / "config.yaml"
+def calibrated(place: Place, gib: float) -> None:
+    """Write the topology of this machine."""
+    profile = place.folder / f"{place.ranks}.json"
+    msn("calibrate", "--nproc", str(place.ranks), "--device", place.device, "--output", str(profile))
+    here = {"name": "here", "machine": str(profile), "ranks_per_node": place.ranks, "device_gib": gib}
+    place.topology.write_text(yaml.safe_dump(here))
+
+
+def compared(place: Place, shape: str, strategies: bool) -> Iterator[dict[str, Any]]:
+    """Rows of the CSV: of the chosen strategy, and of the others that round no more if they are asked for."""
+    config = config_file(place, shape)
+    name = f"{place.ranks}-{list(SHAPES[place.device]).index(shape)}"
+    plan, before = (place.folder / f"{name}{suffix}" for suffix in (".plan", ".before"))
+    planning = ("plan", str(config), "--topology", str(place.topology), "--output", str(plan))
+    msn(*planning)
+    trained(place, config, plan, before)
+    msn(*planning, "--usage", str(before))
+    planned = json.loads(plan.read_text())
+    forecast = trained(place, config, plan, place.folder / f"{name}.run")
+    yield row(place, shape, planned["memory"]["strategy"], True, forecast["seconds_planned"], forecast)
+    for rival in planned["rivals"] if strategies else ():
+        if rival["rounds"] or rival["why"].startswith("lacks"):
+            continue
+        strategy = rival["memory"]["strategy"]
+        forced = plan.with_suffix(f".{strategy}.plan")
+        forced.write_text(json.dumps(planned | {"memory": rival["memory"]}))
+        forecast = trained(place, config, forced, place.folder / f"{name}.{strategy}.run")
+        yield row(place, shape, strategy, False, rival["seconds"], forecast | {"bytes_planned": rival["bytes"]})
+
+
+def config_file(place: Place, shape: str) -> Path:
+    on_gpu = place.device == "cuda"
     tree = {
         "name": "accuracy",
-        "output": str(folder / "runs"),
-        "data": {"path": str(folder / "data"), "batch_size": 2048},
-        "training": {"device": device, "max_steps": STEPS, "log_every": STEPS // 2},
+        "output": str(place.folder / "runs"),
+        "data": {
+            "path": str(place.folder / "data"),
+            "batch_size": ROWS[place.device] * (place.ranks if on_gpu else 1),
+            "workers": 4 if on_gpu else 0,  # a GPU is faster than one reader
+        },
     }
-    config.write_text(yaml.safe_dump(tree | SHAPES[shape]))
-    place = folder / f"{ranks}-{list(SHAPES).index(shape)}"
-    plan, before, run = (str(place.with_suffix(suffix)) for suffix in (".plan", ".before", ".run"))
-    planning = ("plan", str(config), "--topology", str(topology), "--output", plan)
-    training = ("train", str(config), "--plan", plan, "--nproc", str(ranks), "--out")
-    msn(*planning)
-    msn(*training, before)
-    msn(*planning, "--usage", before)
-    msn(*training, run)
-    forecast = json.loads(Path(run, "summary.json").read_text())["forecast"]
-    planned, measured = 1e3 * forecast["seconds_planned"], 1e3 * forecast["seconds_measured"]
-    row = {
+    parts = SHAPES[place.device][shape]
+    training = {"device": place.device, "max_steps": STEPS, "log_every": STEPS // 2} | parts.get("training", {})
+    config = place.folder / "config.yaml"
+    config.write_text(yaml.safe_dump(tree | parts | {"training": training}))
+    return config
+
+
+def trained(place: Place, config: Path, plan: Path, run: Path) -> dict[str, Any]:
+    """The forecast of a run's summary."""
+    msn("train", str(config), "--plan", str(plan), "--nproc", str(place.ranks), "--out", str(run))
+    return json.loads((run / "summary.json").read_text())["forecast"]
+
+
+def row(
+    place: Place, shape: str, strategy: str, chosen: bool, seconds: float, forecast: dict[str, Any]
+) -> dict[str, Any]:
+    planned, measured = 1e3 * seconds, 1e3 * forecast["seconds_measured"]
+    print(f"{place.ranks} ranks, {shape}, {strategy}: {planned:.1f} ms planned, {measured:.1f} measured", flush=True)
+    return {
         "shape": shape,
-        "ranks": ranks,
-        "strategy": json.loads(Path(plan).read_text())["memory"]["strategy"],
+        "ranks": place.ranks,
+        "strategy": strategy,
+        "chosen": int(chosen),
         "planned_ms": planned,
         "measured_ms": measured,
         "difference": planned / measured - 1,
         "planned_gib": forecast["bytes_planned"] / 2**30,
         "measured_gib": forecast["bytes_measured"] / 2**30 if forecast["bytes_measured"] else "",
     }
-    print(f"{ranks} ranks, {shape}: {planned:.1f} ms planned, {measured:.1f} measured", flush=True)
-    return row
+
+
+def order(rows: Sequence[dict[str, Any]]) -> str:
+    """How often the faster of two strategies is told, and what following the plan costs."""
+    lines = []
+    for place in dict.fromkeys((row["ranks"], row["shape"]) for row in rows):
+        here = [row for row in rows if (row["ranks"], row["shape"]) == place]
+        right, pairs = 0, 0
+        for one, other in combinations(here, 2):
+            slower, faster = sorted((one, other), key=lambda row: -row["measured_ms"])
+            if slower["measured_ms"] > (1 + CLEAR) * faster["measured_ms"]:
+                pairs += 1
+                right += slower["planned_ms"] > faster["planned_ms"]
+        least = min(row["measured_ms"] for row in here)
+        cost = next(row["measured_ms"] for row in here if row["chosen"]) / least - 1
+        lines.append(
+            f"{place[0]} ranks, {place[1]}: {right} of {pairs} pairs that differ by {CLEAR:.0%} in the right order; "
+            f"the chosen strategy is {cost:.0%} slower than the fastest"
+        )
+    return "\n".join(lines)
 
 
 def msn(*arguments: str) -> None:
