@@ -25,8 +25,8 @@ def run_ranks(
 
     `function` must be at the top level of a module. In every process a default group of `backend` is
     up and torch has one thread; UserWarnings are errors. With nccl a rank has a GPU of its own, or where
-    these are too few all share the first, each as a node of its own. The first failure is raised here with its traceback, as AssertionError; so is
-    a rank that is not done after `timeout` seconds.
+    these are too few all share the first, each as a node of its own. The first failure is raised here
+    with its traceback, as AssertionError; so is a rank that is not done after `timeout` seconds.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -93,12 +93,12 @@ def _step_dense(dense: list[nn.Parameter], config: OptimizerConfig, recorder: St
         parameter.grad = torch.empty_like(parameter)
     groups = [[p for p in dense if p.ndim > 1], [p for p in dense if p.ndim <= 1]]
     groups = [{"params": group} for group in groups if group]
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.dense.weight_decay, foreach=on_gpu)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.dense.weight_decay, fused=on_gpu)
     optimizer.step()
     recorder.enter("optimizer")
     with recorder:
         if config.dense.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(dense, config.dense.clip_norm)
+            torch.nn.utils.clip_grad_norm_(dense, config.dense.clip_norm, foreach=on_gpu)
         optimizer.step()
     recorder.enter("end")
 
