@@ -34,6 +34,7 @@ class ParquetReader:
         folder: one split, for example ``data/train``.
         batch_size: rows of this rank in a step.
         workers: reader processes of this rank; 0 reads in the calling process.
+        pinned: batches are to go to a GPU; what workers read is taken over and pinned by a thread of its own.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class ParquetReader:
         shuffle: bool = False,
         shuffle_buffer: int = 65_536,
         workers: int = 0,
+        pinned: bool = False,
     ) -> None:
         self.schema, self.batch_size = schema, batch_size
-        self.rank, self.world_size, self.workers = rank, world_size, workers
+        self.rank, self.world_size, self.workers, self.pinned = rank, world_size, workers, pinned
         self.seed, self.shuffle, self.shuffle_buffer = seed, shuffle, shuffle_buffer
         self._footers = {path: open_file(path, schema) for path in _files(Path(folder))}
         self._units = [
@@ -119,7 +121,8 @@ class ParquetReader:
             return
         share = _Share(self, _deal(units, self.workers))
         # A generator of its own: otherwise the loader would draw from, and so change, the model's.
-        for item in DataLoader(share, batch_size=None, num_workers=self.workers, generator=torch.Generator()):
+        how = {"num_workers": self.workers, "pin_memory": self.pinned}
+        for item in DataLoader(share, batch_size=None, generator=torch.Generator(), **how):
             if isinstance(item, InputError):
                 raise item
             yield item

@@ -14,8 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from msn_dist.config import RankMixerConfig
 from msn_dist.memory.product_keys import choose_retrieval
+from msn_dist.models.rankmixer import RankMixer
+from msn_dist.planner.gpu_rules import GpuRules
 from msn_dist.planner.machine import Collective, Curve, Latency, Machine, device_name
+from msn_dist.planner.step_recorder import StepRecorder
 from msn_dist.planner.stopclock import Stopclock
 from msn_dist.sharding.buckets import bucket_rows, bucket_rows_by_kernel
 from msn_dist.sharding.hits import Hits
@@ -47,7 +51,7 @@ def calibrate(
     say("operators")
     tiny = torch.zeros(16, device=device)
     operator = clock.seconds(lambda: tiny + 1)
-    dispatch = clock.host_seconds(lambda: tiny + 1, 2000) if gpu else 0.0
+    dispatch = _dispatch(clock) if gpu else 0.0
     large = 2**30 if gpu else 2**27
     figures = {
         "copy_rate": curve(
@@ -99,6 +103,33 @@ def calibrate(
         id_step=Latency(seconds=_id_step(clock, group), source="measured"),
         **figures,
     )
+
+
+def _dispatch(clock: Stopclock) -> float:
+    """What the host spends on one operator of a training step of a network so small that the GPU waits for it.
+
+    The Python of the modules, autocast and autograd is in it: several times what the operator takes by itself.
+    """
+    config = RankMixerConfig(block="ffn", tokens=4, width=32, layers=4)
+    model = RankMixer(config, 64, None, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step(rows_BF: Tensor) -> None:
+        with torch.autocast(rows_BF.device.type, torch.bfloat16):
+            hidden_BD, _ = model(rows_BF)
+        hidden_BD.sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    rows_BF = torch.zeros(8, 64)
+    step(rows_BF)  # the optimizer makes its state
+    with StepRecorder([], 0, on_gpu=True) as recorder, GpuRules():
+        step(rows_BF)
+    model.to(clock.device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    rows_BF = rows_BF.to(clock.device)
+    return clock.host_seconds(lambda: step(rows_BF), 40) / len(recorder.ops)
 
 
 def _in_burst(clock: Stopclock, call: Callable[[], Tensor], result_bytes: int) -> float:
@@ -158,7 +189,7 @@ def _from_host(device: torch.device, size: int) -> Callable[[], object]:
 def _retrieval_rate(clock: Stopclock, sub_keys: int, backward: bool) -> float:
     from msn_dist.kernels import retrieval
 
-    queries, key_dim = 16_384, 64
+    queries, key_dim = 65_536, 64
     shapes = [(queries, 1, key_dim)] * 2 + [(1, sub_keys, key_dim)] * 2
     operands = [torch.randn(shape, device=clock.device, dtype=torch.bfloat16) for shape in shapes]
     tau = key_dim**-0.5

@@ -30,7 +30,7 @@ from msn_dist.planner.topology import Topology
 WAITING = "waiting for the host"
 _BUCKET = 25 * 2**20  # bytes of DistributedDataParallel's buckets
 _EXCHANGE_OPERATORS = 90  # that the host dispatches for the exchange of a memory, forward and backward
-_ID_OPERATORS = 200  # the same for TorchRec's modules
+_ID_OPERATORS = 90  # the same for TorchRec's modules
 _FUNCTIONS = ("gelu", "tanh", "sigmoid", "silu", "softmax", "layer_norm", "exp", "log", "erf")
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 _SECONDS, _ROUNDS = 0.08, 3  # spent on an operation in a round
-_QUEUE_CYCLES = 20_000_000  # what a GPU waits while calls are queued behind it, so that the host's time does not count
+_CALLS = {"cpu": 1000, "cuda": 200}  # timed together, at most; a GPU's queue holds some 1,000 kernels
+_CYCLES = 2e9  # a second, at most
 
 
 class Stopclock:
@@ -28,7 +29,7 @@ class Stopclock:
     def seconds(self, call: Callable[[], Any]) -> float:
         """One call, on the device; ranks may make different numbers of calls."""
         call()
-        calls = max(1, min(1000, int(_SECONDS / 10 / max(self._timed(call, 1), 1e-7))))
+        calls = max(1, min(_CALLS[self.device.type], int(_SECONDS / 10 / max(self._timed(call, 1), 1e-7))))
         rounds = []
         for _ in range(_ROUNDS):
             self.together()
@@ -54,13 +55,15 @@ class Stopclock:
     def host_seconds(self, call: Callable[[], Any], calls: int) -> float:
         """What the host spends on one call, whatever the device has yet to do."""
         call()
-        self.together()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        seconds = (time.perf_counter() - start) / calls
-        self._wait()
-        return self.mean(seconds)
+        rounds = []
+        for _ in range(_ROUNDS):
+            self.together()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            rounds.append((time.perf_counter() - start) / calls)
+            self._wait()
+        return self._settled(rounds)
 
     def mean(self, number: float) -> float:
         total = torch.tensor(number, dtype=torch.float64)
@@ -80,7 +83,12 @@ class Stopclock:
             return time.perf_counter() - start
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
-        torch.cuda._sleep(_QUEUE_CYCLES)
+        begin = time.perf_counter()
+        call()
+        queued = time.perf_counter() - begin
+        torch.cuda.synchronize(self.device)
+        # the device waits while calls are queued, so that the host's time does not count
+        torch.cuda._sleep(int((1.5 * queued * calls + 1e-3) * _CYCLES))
         start.record()
         for _ in range(calls):
             call()

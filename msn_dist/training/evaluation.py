@@ -33,6 +33,7 @@ def open_split(split: str, data: DataConfig, schema: Schema, ranks: Ranks, seed:
             shuffle=split == "train",
             shuffle_buffer=data.shuffle_buffer,
             workers=data.workers,
+            pinned=ranks.device.type == "cuda",
         )
     )
 
