@@ -112,7 +112,7 @@ def step_memory(trainee: Trainee) -> StepMemory:
     state = (value for state in trainee.optimizer.state.values() for value in state.values())
     return StepMemory(
         weights=_bytes([*dense, *(lookup.weight_RD for lookup in lookups)]),
-        optimizer=_bytes(state) + _bytes(lookup.moment_R for lookup in lookups),
+        optimizer=_bytes(state) + _bytes(lookup.state.moment_R for lookup in lookups),
         gradients=gradients,
         activations=activations,
         peak=torch.cuda.max_memory_allocated() if on_gpu else 0,

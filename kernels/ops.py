@@ -79,31 +79,55 @@ def _(values_RD, rows, weights, offsets_G1):
     return values_RD.new_empty((bags, values_RD.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("msn_dist::sparse_adagrad_", mutates_args=("values_RD", "moment_R"))
-def sparse_adagrad_(
+@torch.library.custom_op("msn_dist::sparse_update_", mutates_args=("values_RD", "moment_R", "first_RD"))
+def sparse_update_(
     values_RD: Tensor,
-    moment_R: Tensor,
+    moment_R: Tensor | None,
+    first_RD: Tensor | None,
     rows: Tensor,
     weights: Tensor | None,
     offsets_G1: Tensor | None,
     gradient_GD: Tensor,
-    lr: float,
-    eps: float,
+    rule: str,
+    numbers: list[float],
+    step: int,
     of_weights: bool,
     rounding_seed: int | None = None,
 ) -> Tensor:
-    """One step of row-wise Adagrad by `kernels.sparse_update.sparse_update`, in place.
+    """One optimizer step by `kernels.sparse_update.sparse_update`, in place.
 
-    Returns the gradient of the weights before it, float32 and shaped as the rows; [0] without `of_weights`.
+    `rule` is "sgd", "rowwise_adagrad" or "rowwise_adam", `numbers` are lr, eps, beta1 and beta2, of which a rule takes
+    its own, and `step` counts from 1 for rowwise_adam; moment_R and first_RD as in `RowState`.  Returns the gradient of
+    the weights before the step, float32 and shaped as the rows; [0] without `of_weights`.
     """
-    rule, state = update.RowwiseAdagrad(lr, eps), update.RowState(moment_R)
-    bags = rows, weights, offsets_G1
     gradient = update.sparse_update(
-        values_RD, state, *bags, gradient_GD, rule, of_weights=of_weights, rounding_seed=rounding_seed
+        values_RD,
+        update.RowState(moment_R, first_RD),
+        rows,
+        weights,
+        offsets_G1,
+        gradient_GD,
+        _rule(rule, step, *numbers),
+        of_weights=of_weights,
+        rounding_seed=rounding_seed,
     )
-    return gradient if of_weights else moment_R.new_empty(0)
+    return gradient if of_weights else gradient_GD.new_empty(0, dtype=torch.float32)
 
 
-@sparse_adagrad_.register_fake
-def _(values_RD, moment_R, rows, weights, offsets_G1, gradient_GD, lr, eps, of_weights, rounding_seed=None):
+@sparse_update_.register_fake
+def _(
+    values_RD, moment_R, first_RD, rows, weights, offsets_G1, gradient_GD, rule, numbers, step, of_weights,
+    rounding_seed=None,
+):  # fmt: skip
     return rows.new_empty(rows.shape if of_weights else 0, dtype=torch.float32)
+
+
+def _rule(name: str, step: int, lr: float, eps: float, beta1: float, beta2: float) -> update.Rule:
+    match name:
+        case "sgd":
+            return update.Sgd(lr)
+        case "rowwise_adagrad":
+            return update.RowwiseAdagrad(lr, eps)
+        case "rowwise_adam":
+            return update.RowwiseAdam(lr, step, eps, beta1, beta2)
+    raise ValueError(f"rule is {name!r}: give sgd, rowwise_adagrad or rowwise_adam")

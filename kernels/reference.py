@@ -118,20 +118,22 @@ def rowwise_adam_(
     first_RD: Tensor,
     moment_R: Tensor,
     gradient_RD: Tensor,
-    hit_R: Tensor,
     lr: float,
     eps: float,
     beta1: float,
     beta2: float,
     step: int,
+    mean_square_R: Tensor | None = None,
 ) -> None:
-    """One step, the `step`-th from 1, of Adam with one second moment a row, in place and for the rows in hit_R (bool).
+    """One step, the `step`-th from 1, of Adam with one second moment a row, in place.
 
     f = beta1 f + (1 - beta1) g; m = beta2 m + (1 - beta2) mean_d(g^2);
     v -= lr * f / (1 - beta1^step) / (sqrt(m / (1 - beta2^step)) + eps), as FBGEMM's PARTIAL_ROWWISE_ADAM.
+    A gradient of 0 moves a row too: give only rows that were hit.  `mean_square_R`: see `rowwise_adagrad_`.
     """
-    gradient_XD = gradient_RD[hit_R]
-    first_RD[hit_R] = beta1 * first_RD[hit_R] + (1 - beta1) * gradient_XD
-    moment_R[hit_R] = beta2 * moment_R[hit_R] + (1 - beta2) * mean_square(gradient_XD)
-    root_X = (moment_R[hit_R] / (1 - beta2**step)).sqrt() + eps
-    values_RD[hit_R] -= lr / (1 - beta1**step) * first_RD[hit_R] / root_X[:, None]
+    first_RD *= beta1
+    first_RD += (1 - beta1) * gradient_RD
+    moment_R *= beta2
+    moment_R += (1 - beta2) * (mean_square(gradient_RD) if mean_square_R is None else mean_square_R)
+    root_R = (moment_R / (1 - beta2**step)).sqrt() + eps
+    values_RD -= lr / (1 - beta1**step) * first_RD / root_R[:, None]

@@ -27,6 +27,9 @@ Strategy = Literal[
 ]
 
 
+ValueOptimizerKind = Literal["rowwise_adagrad", "sgd", "rowwise_adam"]
+
+
 MOST_ROWS = 2**30  # of a step
 
 
@@ -205,10 +208,22 @@ class IdOptimizerConfig(Part):
 
 
 class ValueOptimizerConfig(Part):
-    """Row-wise Adagrad, fused into the backward of the memory values."""
+    """Fused into the backward of the memory values; rows that a step does not hit are left alone."""
 
+    kind: ValueOptimizerKind = Field("rowwise_adagrad", description="sgd keeps no state, rowwise_adam D_v + 1 numbers")
     multiplier: PositiveFloat = Field(10.0, description="learning rate over that of the dense parameters")
     final_multiplier: PositiveFloat | None = Field(None, description="linear to this at the last step; null: no decay")
+    eps: PositiveFloat = Field(1e-8, description="of rowwise_adagrad and rowwise_adam")
+    beta1: Fraction = Field(0.9, description="of rowwise_adam: what is kept of the mean gradient in a step")
+    beta2: Fraction = Field(0.999, description="of rowwise_adam: the same for the mean square")
+
+    @model_validator(mode="after")
+    def _possible(self) -> ValueOptimizerConfig:
+        without = {"sgd": ("eps", "beta1", "beta2"), "rowwise_adagrad": ("beta1", "beta2")}.get(self.kind, ())
+        for key in without:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is set, and kind: {self.kind} has none; leave it out, or use rowwise_adam")
+        return self
 
 
 class OptimizerConfig(Part):

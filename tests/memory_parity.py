@@ -9,19 +9,20 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 
 from msn_dist.config import MemoryConfig
-from msn_dist.kernels import reference
 from msn_dist.memory import Memory, MemoryHealth
 from msn_dist.planner import make_plan
 from msn_dist.sharding import MemoryValuesSharder, ShardedMemoryValues, ValueOptimizer
 from msn_dist.sharding.column import Column
 from msn_dist.sharding.row_gather import RowGatherUnique
+from naive_optimizer import NaiveOptimizer, optimizer_of
 
 WIDTH, TOKENS = 16, 3
-OPTIMIZER = ValueOptimizer(learning_rate=0.3, eps=1e-8)
+OPTIMIZER = optimizer_of("rowwise_adagrad")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Step:
     output_BTD: Tensor
     gradients: dict[str, Tensor]  # of "x", "weights" [M, L] and every dense parameter
     values_nD: Tensor
-    moment_n: Tensor
+    state: dict[str, Tensor]  # of the values' optimizer
 
 
 @dataclass
@@ -72,11 +73,12 @@ class Expected:
     health: MemoryHealth | None = None
 
 
-def plain(case: Case, rows: int, steps: int) -> Expected:
+def plain(case: Case, rows: int, steps: int, optimizer: ValueOptimizer = OPTIMIZER) -> Expected:
     """`steps` steps of the memory in plain PyTorch on the CPU, over `rows` rows."""
     torch.manual_seed(0)
     memory = Memory(case.config(), TOKENS, WIDTH, seed=7)
-    weight, moment_n = memory.values.weight, torch.zeros(len(memory.values.weight))
+    weight, usage = memory.values.weight, memory.values.usage
+    naive = NaiveOptimizer(optimizer, weight.detach())
     expected = Expected(weight.detach().clone())
     for number in range(steps):
         generator = torch.Generator().manual_seed(number)
@@ -86,6 +88,7 @@ def plain(case: Case, rows: int, steps: int) -> Expected:
             x_BTD[:] = x_BTD[0, 0]
         x_BTD.requires_grad_()
         memory.zero_grad()
+        before_n = usage.window_R.clone()
         with captured_weights(memory) as weights:
             output_BTD = memory(x_BTD)
         (output_BTD * target_BTD).sum().div(rows).backward()
@@ -93,21 +96,27 @@ def plain(case: Case, rows: int, steps: int) -> Expected:
         gradients = {name: parameter.grad.clone() for name, parameter in dense.items()}
         gradients |= {"x": x_BTD.grad, "weights": weights[0].grad}
         with torch.no_grad():
-            reference.rowwise_adagrad_(weight, moment_n, weight.grad, OPTIMIZER.learning_rate, OPTIMIZER.eps)
+            naive.step(weight, weight.grad, (usage.window_R - before_n).nonzero())
             for parameter in dense.values():
                 parameter -= 0.1 * parameter.grad
-        kept = x_BTD.detach(), target_BTD, output_BTD.detach(), gradients, weight.detach().clone(), moment_n.clone()
-        expected.steps.append(Step(*kept))
+        kept = x_BTD.detach(), target_BTD, output_BTD.detach(), gradients, weight.detach().clone()
+        expected.steps.append(Step(*kept, {name: tensor.clone() for name, tensor in naive.state.items()}))
     expected.health = memory.values.health()
     return expected
 
 
-def sharded(case: Case, device: torch.device, ranks_per_node: int, **sharding: object) -> DistributedModelParallel:
+def sharded(
+    case: Case,
+    device: torch.device,
+    ranks_per_node: int,
+    optimizer: ValueOptimizer = OPTIMIZER,
+    **sharding: object,
+) -> DistributedModelParallel:
     """The same memory over all ranks."""
     world = dist.get_world_size()
     torch.manual_seed(0)
     memory = Memory(case.config(**sharding), TOKENS, WIDTH, seed=7, device="meta")
-    sharders = [MemoryValuesSharder(OPTIMIZER, ranks_per_node)]
+    sharders = [MemoryValuesSharder(optimizer, ranks_per_node)]
     plan = make_plan(memory, sharders, world, 1 if device.type == "cuda" else world, device.type).sharding
     env = ShardingEnv.from_process_group(dist.group.WORLD)
     return DistributedModelParallel(memory, env=env, device=device, plan=plan, sharders=sharders)
@@ -115,7 +124,7 @@ def sharded(case: Case, device: torch.device, ranks_per_node: int, **sharding: o
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Absolute and relative errors that are allowed; `state` is for updated values and Adagrad state."""
+    """Absolute and relative errors that are allowed; `state` is for updated values and optimizer state."""
 
     rtol: float = 2e-4
     atol: float = 2e-5
@@ -157,7 +166,9 @@ def check_parity(
         for name, parameter in dense.items():
             tolerance.close(parameter.grad, step.gradients[name], f"gradient of {name}")
         tolerance.close(gathered(table, "weight"), step.values_nD, f"values after step {number}", tolerance.state)
-        tolerance.close(gathered(table, "moment"), step.moment_n, f"state after step {number}", tolerance.state)
+        assert state_of(table).keys() == step.state.keys()
+        for name, tensor in step.state.items():
+            tolerance.close(gathered(table, name), tensor, f"{name} after step {number}", tolerance.state)
         with torch.no_grad():
             for parameter in dense.values():
                 parameter -= 0.1 * parameter.grad
@@ -193,13 +204,17 @@ def captured_weights(memory: Memory) -> Iterator[list[Tensor]]:
 
 
 def gathered(table: ShardedMemoryValues, what: str) -> Tensor:
-    """The whole table, or its optimizer state, from the parts that the ranks say they hold."""
-    optimizer = table.fused_optimizer
-    whole = optimizer.params["weight"] if what == "weight" else optimizer.state[optimizer.params["weight"]]["moment"]
+    """The whole table, or a part of its optimizer state, from the parts that the ranks say they hold."""
+    whole = table.fused_optimizer.params["weight"] if what == "weight" else state_of(table)[what]
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, whole.to_local().detach().cpu())
-    (placement,) = whole.placements
-    found = torch.cat(parts, dim=placement.dim) if placement.is_shard() else parts[0]
-    assert placement.is_shard() or all(torch.equal(part, found) for part in parts), "replicas differ"
+    dist.all_gather_object(parts, (whole.to_local() if isinstance(whole, DTensor) else whole).detach().cpu())
+    sharded_by = [place.dim for place in whole.placements if place.is_shard()] if isinstance(whole, DTensor) else []
+    found = torch.cat(parts, dim=sharded_by[0]) if sharded_by else parts[0]
+    assert sharded_by or all(torch.equal(part, found) for part in parts), "replicas differ"
     assert found.shape == whole.shape
     return found
+
+
+def state_of(table: ShardedMemoryValues) -> dict[str, Tensor]:
+    """By the names of a checkpoint; {} where the optimizer has none."""
+    return next(iter(table.fused_optimizer.state.values()), {})

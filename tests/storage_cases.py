@@ -39,12 +39,15 @@ DLRM = {"backbone": "dlrm", "hidden": [200, 100], "tokens": 8, "width": 64, "emb
 MEMORY = {"sub_keys": 64, "top_k": 8, "key_dim": 16}
 
 
-def config_of(world: int, model: dict, memory: dict | None, precision: str = "fp32") -> RunConfig:
+def config_of(
+    world: int, model: dict, memory: dict | None, precision: str = "fp32", optimizer: str = "rowwise_adagrad"
+) -> RunConfig:
     tree = {
         "name": "storage",
         "data": {"path": "unused", "batch_size": ROWS * world},
         "model": model,
         "memory": memory,
+        "optimizer": {"values": {"kind": optimizer}},
         "training": {"device": "cpu", "precision": precision},
     }
     return RunConfig.model_validate(tree)

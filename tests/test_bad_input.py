@@ -118,6 +118,11 @@ CASES = {
         ["memory.lookup=fbgemm", "memory.value_dtype=fp16"],
         "memory.lookup=fbgemm: on a CPU FBGEMM rounds fp16 to the nearest, which loses small steps; set memory.lookup ",
     ),
+    "a look-up without the optimizer": (
+        lambda data: None,
+        ["memory.lookup=fbgemm", "optimizer.values.kind=rowwise_adam"],
+        "memory.lookup=fbgemm: on a CPU FBGEMM has no rowwise_adam (optimizer.values.kind); set memory.lookup to auto ",
+    ),
     "a retrieval that cannot run here": (
         lambda data: None,
         ["memory.retrieval=triton"],
@@ -223,6 +228,9 @@ def test_the_launched_command_explains_bad_input_in_the_middle_of_training_once(
         ("memory.retrieval=fbgemm", "memory.retrieval: input should be 'auto', 'reference' or 'triton', found "),
         ("memory.wire=fp8", "memory.wire: input should be 'fp32', 'bf16', 'fp16' or 'int8', found 'fp8'"),
         ("memory.value_dtype=fp8", "memory.value_dtype: input should be 'fp32', 'bf16' or 'fp16', found 'fp8'"),
+        ("optimizer.values.kind=adam", "optimizer.values.kind: input should be 'rowwise_adagrad', 'sgd' or 'rowwise_a"),
+        ("optimizer.values={kind: sgd, eps: 1e-3}", "optimizer.values: eps is set, and kind: sgd has none; leave it "),
+        ("optimizer.values.beta1=0.5", "optimizer.values: beta1 is set, and kind: rowwise_adagrad has none; leave it"),
         ("memory.value_dim=6", "memory: value_dim=6 is not a multiple of 4"),
         ("model.width=15", "width=15 is not a multiple of tokens=2"),
         ("model={backbone: rankmixer, block: msn_smoe, tokens: 2, width: 20}", "must be multiples of 8"),

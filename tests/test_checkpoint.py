@@ -15,7 +15,7 @@ from test_training import STEPS, batches_of_rank
 from torch import Tensor
 from torchrec.distributed.comm_ops import set_use_sync_collectives
 
-from msn_dist.config import MemoryConfig, TrainingConfig
+from msn_dist.config import MemoryConfig, TrainingConfig, ValueOptimizerConfig
 from msn_dist.errors import InputError
 from msn_dist.memory import Placement
 from msn_dist.memory.values import VALUE_DTYPES
@@ -38,14 +38,24 @@ LOADED_AS = {  # strategies by world size
     4: ["row_pooled"],
     8: ["row_pooled"],
 }
+OTHER_KINDS = ["sgd", "rowwise_adam"]  # than row-wise Adagrad, of the values' optimizer
+OTHERS_LOADED_AS = {2: "column", 3: "replicated"}
 LOADED = [(world, strategy) for world, strategies in LOADED_AS.items() for strategy in strategies]
 
 
 def trainer_of(
-    folder: Path, ranks: Ranks, seed: int = 5, strategy: str = "row_pooled", value_dtype: str = "fp32"
+    folder: Path,
+    ranks: Ranks,
+    seed: int = 5,
+    strategy: str = "row_pooled",
+    value_dtype: str = "fp32",
+    optimizer: str = "rowwise_adagrad",
 ) -> Trainer:
     memory = MEMORY | {"strategy": strategy, "value_dtype": value_dtype}
-    return Trainer(config_of(folder / "data", "msn_ffn", memory=memory, seed=seed), SCHEMA, RunDirectory(folder), ranks)
+    config = config_of(folder / "data", "msn_ffn", memory=memory, seed=seed)
+    values = ValueOptimizerConfig(kind=optimizer)
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"values": values})})
+    return Trainer(config, SCHEMA, RunDirectory(folder), ranks)
 
 
 def train(trainer: Trainer, folder: Path, steps: range) -> list[float]:
@@ -59,11 +69,16 @@ def train(trainer: Trainer, folder: Path, steps: range) -> list[float]:
 
 
 def hashes(trainer: Trainer) -> dict[str, list[str]]:
-    """Of values and Adagrad state of every memory, in 16 ranges of slots, in the order of slots; a collective call."""
+    """Of values and their optimizer's state in every memory, in 16 ranges of slots, in the order of slots.
+
+    A collective call.
+    """
     found = {}
     for name, values in trainer.memories.items():
         slots = values.placement.row_of(torch.arange(values.slots))
-        (state,) = values.fused_optimizer.state_dict()["state"].values()
+        state = values.fused_optimizer.state_dict()["state"].get("weight", {}).copy()
+        if "step" in state:
+            found[f"{name} step"] = [str(state.pop("step").item())]
         for kind, tensor in {"weight": values.state_dict()["weight"], **state}.items():
             in_order = tensor.full_tensor().cpu()[slots].float()  # NumPy has no bfloat16
             found[f"{name} {kind}"] = [sha256(part.numpy().tobytes()).hexdigest() for part in in_order.tensor_split(16)]
@@ -115,6 +130,21 @@ def at_one_world_size(rank: int, world: int, folder: Path) -> dict[str, Any]:
         train(trainer, folder, range(SAVED_AFTER))
         save_checkpoint(folder / "16 bits", trainer.model, trainer.optimizers, ranks)
         found["16 bits"] = hashes(trainer)
+        del trainer
+        gc.collect()
+        for kind in OTHER_KINDS:
+            trainer = trainer_of(folder, ranks, optimizer=kind)
+            train(trainer, folder, range(SAVED_AFTER))
+            save_checkpoint(folder / kind, trainer.model, trainer.optimizers, ranks)
+            found[kind] = hashes(trainer)
+            found[f"losses of {kind}"] = train(trainer, folder, range(SAVED_AFTER, len(STEPS)))
+            del trainer
+            gc.collect()
+    for kind in OTHER_KINDS if world in OTHERS_LOADED_AS else []:
+        trainer = trainer_of(folder, ranks, seed=99, strategy=OTHERS_LOADED_AS[world], optimizer=kind)
+        load_checkpoint(folder / kind, trainer.model, trainer.optimizers, ranks)
+        found[f"{kind}, loaded"] = hashes(trainer)
+        found[f"losses of {kind}"] = train(trainer, folder, range(SAVED_AFTER, len(STEPS)))
         del trainer
         gc.collect()
     for strategy in LOADED_AS[world]:
@@ -238,6 +268,21 @@ def contents(path: Path, ranks: Ranks) -> dict[str, Tensor]:
 def test_training_goes_on_to_the_losses_of_a_run_that_was_not_interrupted(world: int, strategy: str, found) -> None:
     expected = [sum(of_ranks) for of_ranks in zip(*(r["saved"]["losses"] for r in found[4]), strict=True)]
     losses = [sum(of_ranks) for of_ranks in zip(*(r[strategy]["losses"] for r in found[world]), strict=True)]
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", OTHERS_LOADED_AS)
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_the_state_of_every_optimizer_of_values_is_loaded_and_trained_on(kind: str, world: int, found) -> None:
+    saved = found[4][0][kind]
+    state = {"sgd": [], "rowwise_adam": ["first_moment", "moment", "step"]}[kind]
+    assert sorted(saved) == [f"{layer} {name}" for layer in ("layer0", "layer2") for name in [*state, "weight"]]
+    assert saved.get("layer0 step", ["3"]) == ["3"]
+    assert all(of_rank[f"{kind}, loaded"] == saved for of_rank in found[world])
+    expected, losses = (
+        [sum(of_ranks) for of_ranks in zip(*(of_rank[f"losses of {kind}"] for of_rank in found[size]), strict=True)]
+        for size in (4, world)
+    )
     assert losses == pytest.approx(expected, rel=1e-5)
 
 

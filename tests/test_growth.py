@@ -69,7 +69,12 @@ def checkpoint_of(case: Case) -> Contents:
             nn.init.normal_(parameter)
             state[f"model.{path}.{name}"] = parameter.detach()
             if name == "values.weight":
-                state[f"fused_optimizer.state.{path}.{name}.moment"] = torch.rand(len(parameter))
+                kept = {
+                    "moment": torch.rand(len(parameter)),
+                    "first_moment": torch.rand_like(parameter),
+                    "step": torch.tensor(7),
+                }
+                state |= {f"fused_optimizer.state.{path}.{name}.{part}": tensor for part, tensor in kept.items()}
                 continue
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[f"dense_optimizer.state.{path}.{name}.{moment}"] = torch.rand_like(parameter)
@@ -154,8 +159,8 @@ def parents(new: int) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_slots_keep_value_state_and_position_and_new_ones_are_copies(name: str, on_one) -> None:
     case, old, new = CASES[name], checkpoint_of(CASES[name]), on_one[name]
-    tables = [key for key in old if "memory.values.weight" in key]
-    assert len(tables) == 4  # two memories, their values and moments
+    tables = [key for key in old if "memory.values.weight" in key and not key.endswith("step")]
+    assert len(tables) == 6  # two memories, their values and two moments
     for key in tables:
         before, after = by_slot(old[key], case.groups, OLD), by_slot(new[key], case.groups, case.new)
         assert torch.equal(after[:, :OLD, :OLD], before)
@@ -256,6 +261,11 @@ def test_a_run_starts_where_another_was_best_at_any_world_size(folder: Path, on_
             {"memory": MEMORY | {"sub_keys": 13, "key_dim": 4}},
             "{run}/checkpoint: is of another model; only memory.sub_keys may be larger than there: "
             "backbone.layers.0.memory.keys.col.codes_HNE is (2, 13, 8) there and (2, 13, 4) here, ",
+        ),
+        (
+            {"optimizer": {"values": {"kind": "sgd"}}},
+            "optimizer.values.kind=sgd: {run} has the state of rowwise_adagrad; "
+            "set optimizer.values.kind=rowwise_adagrad",
         ),
         ({"memory": MEMORY | {"theta": "none"}}, "keys.col.theta is (2, 8, 8) there and missing here, "),
     ],

@@ -12,8 +12,10 @@ from msn_dist.errors import InputError
 from msn_dist.kernels import reference
 from msn_dist.sharding import lookup as lookups
 from msn_dist.sharding.hits import Hits, offsets_of
-from msn_dist.sharding.lookup import LOOKUPS, Lookup, ValueOptimizer, choose_lookup, make_lookup, weights_gradient
+from msn_dist.sharding.lookup import LOOKUPS, Lookup, choose_lookup, make_lookup, weights_gradient
 from msn_dist.sharding.rounding import round_at_random
+from msn_dist.sharding.value_optimizer import ValueOptimizer
+from naive_optimizer import KINDS, NaiveOptimizer, optimizer_of
 from triton_device import DEVICE
 
 ROWS, DIM = 30, 8
@@ -52,21 +54,24 @@ def test_the_gradient_of_the_weights_of_16_bit_values_is_summed_in_float32(
 
 
 ANY_DTYPE = [(lookup, torch.float32) for lookup in LOOKUPS] + list(product(["reference", "triton"], HALVES))
+ANY_KIND = [
+    (*served, kind) for served, kind in product(ANY_DTYPE, KINDS) if (served[0], kind) != ("fbgemm", "rowwise_adam")
+]
 
 
-@pytest.mark.parametrize(("lookup", "dtype"), ANY_DTYPE)
+@pytest.mark.parametrize(("lookup", "dtype", "kind"), ANY_KIND)
 @pytest.mark.parametrize("of_weights", [True, False])
 @pytest.mark.parametrize("tape", [True, False])
 def test_a_look_up_reads_and_steps_as_the_naive_formulas(
-    lookup: str, dtype: torch.dtype, of_weights: bool, tape: bool
+    lookup: str, dtype: torch.dtype, kind: str, of_weights: bool, tape: bool
 ) -> None:
     device = device_of(lookup)
     hits = on(device, hits_of([3, 0, 5, 1, 7]))
-    table = make_lookup(lookup, ROWS, DIM, ValueOptimizer(0.3, 1e-8), device, dtype)
-    assert (table.name, table.weight_RD.dtype, table.moment_R.dtype) == (lookup, dtype, torch.float32)
+    table = make_lookup(lookup, ROWS, DIM, optimizer_of(kind), device, dtype)
+    assert (table.name, table.weight_RD.dtype) == (lookup, dtype)
     table.weight_RD.copy_(torch.randn(ROWS, DIM))
     values_RD = table.weight_RD.to(torch.float32, copy=True).requires_grad_()
-    moment_R = torch.zeros(ROWS, device=device)
+    naive = NaiveOptimizer(table.optimizer, values_RD.detach())
     weights_H, gradient_GD = hits.weights_H.clone().requires_grad_(), torch.randn(5, DIM).to(device)
     expected_GD = reference.weighted_bags(values_RD, hits.rows_H, hits.offsets_G1, weights_H)
     expected_GD.backward(gradient_GD)
@@ -76,9 +81,52 @@ def test_a_look_up_reads_and_steps_as_the_naive_formulas(
         torch.testing.assert_close(gradient_H, weights_H.grad)
     else:
         assert gradient_H is None
-    reference.rowwise_adagrad_(values_RD.data, moment_R, values_RD.grad, 0.3, 1e-8)
+    naive.step(values_RD.data, values_RD.grad, hits.rows_H)
     assert_stored(table, values_RD.detach())
-    torch.testing.assert_close(table.moment_R, moment_R)
+    assert_state(table, naive)
+
+
+def assert_state(table: Lookup, naive: NaiveOptimizer) -> None:
+    """float32, whatever the values are."""
+    state = {"moment": table.state.moment_R, "first_moment": table.state.first_RD, "step": table.state.steps}
+    assert {name for name, tensor in state.items() if tensor is not None} == naive.state.keys()
+    for name, tensor in naive.state.items():
+        torch.testing.assert_close(state[name], tensor)
+
+
+def steps_of_some_rows(table: Lookup, device: torch.device) -> None:
+    """Three steps, among reads that no step follows; every other row is never hit."""
+    table.weight_RD.copy_(torch.randn(ROWS, DIM))
+    values_RD = table.weight_RD.clone()
+    naive = NaiveOptimizer(table.optimizer, values_RD)
+    for number in range(3):
+        hits = hits_of([4, 2 + number])
+        hits = on(device, Hits(hits.rows_H // 2 * 2, hits.weights_H, hits.offsets_G1))
+        with torch.no_grad():
+            table.read(hits)
+        gradient_GD = torch.randn(2, DIM).to(device)
+        table.set_learning_rate(0.1 + number)
+        table.read(hits, update_follows=number > 0)
+        table.update(hits, gradient_GD)
+        gradient_RD = torch.zeros_like(values_RD)
+        gradient_RD.index_add_(0, hits.rows_H, gradient_GD[hits.bag_H()] * hits.weights_H[:, None])
+        naive.step(values_RD, gradient_RD, hits.rows_H, 0.1 + number)
+    torch.testing.assert_close(table.weight_RD, values_RD)
+    assert_state(table, naive)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lookup", LOOKUPS)
+def test_steps_are_counted_and_not_reads(lookup: str, kind: str) -> None:
+    if (lookup, kind) != ("fbgemm", "rowwise_adam"):
+        steps_of_some_rows(make_lookup(lookup, ROWS, DIM, optimizer_of(kind), device_of(lookup)), device_of(lookup))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lookup", LOOKUPS)
+def test_steps_are_counted_and_not_reads_on_a_gpu(lookup: str, kind: str) -> None:
+    steps_of_some_rows(make_lookup(lookup, ROWS, DIM, optimizer_of(kind), GPU), GPU)
 
 
 def assert_stored(table: Lookup, expected_RD: Tensor) -> None:
@@ -95,14 +143,15 @@ def test_rows_without_weights_come_as_they_are_and_are_stepped(lookup: str, dtyp
     table = make_lookup(lookup, ROWS, DIM, ValueOptimizer(0.3, 1e-8), device, dtype)
     table.set_learning_rate(0.1)
     table.weight_RD.copy_(torch.randn(ROWS, DIM))
-    values_RD, moment_R = table.weight_RD.to(torch.float32, copy=True), torch.zeros(ROWS, device=device)
+    values_RD = table.weight_RD.to(torch.float32, copy=True)
+    naive = NaiveOptimizer(table.optimizer, values_RD)
     assert torch.equal(table.read(hits, update_follows=True), values_RD[rows_H])
     gradient_GD = torch.randn(4, DIM).to(device)
     assert table.update(hits, gradient_GD) is None
     gradient_RD = torch.zeros_like(values_RD).index_add_(0, hits.rows_H, gradient_GD)
-    reference.rowwise_adagrad_(values_RD, moment_R, gradient_RD, 0.1, 1e-8)
+    naive.step(values_RD, gradient_RD, hits.rows_H, 0.1)
     assert_stored(table, values_RD)
-    torch.testing.assert_close(table.moment_R, moment_R)
+    assert_state(table, naive)
 
 
 def on(device: torch.device, hits: Hits) -> Hits:
@@ -124,7 +173,7 @@ def test_bags_that_are_known_to_be_uniform_give_the_same(lookup: str, bags: int)
     for hits in (uniform, jagged):
         table = make_lookup(lookup, ROWS, DIM, ValueOptimizer(0.3, 1e-8), device)
         table.weight_RD.copy_(values_RD)
-        found.append([table.read(hits), table.update(hits, gradient_GD), table.weight_RD, table.moment_R])
+        found.append([table.read(hits), table.update(hits, gradient_GD), table.weight_RD, table.state.moment_R])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -139,7 +188,7 @@ def stepped(lookup: str, dtype: torch.dtype, seed: int) -> Tensor:
     table.weight_RD.fill_(1.5)
     hits = on(device, Hits.uniform(torch.arange(ROWS, dtype=torch.int32), None, size=1))
     for _ in range(STEPS):
-        table.moment_R.zero_()
+        table.state.moment_R.zero_()
         table.update(hits, torch.ones(ROWS, DIM, device=device))
     return table.weight_RD.float().cpu()
 
@@ -239,6 +288,24 @@ def test_fbgemm_is_not_chosen_for_values_that_it_cannot_step(
     else:
         with pytest.raises(InputError, match=f"^memory.lookup=fbgemm: {refusal}; set memory.lookup to auto or ref"):
             choose_lookup("fbgemm", device, DIM, dtype)
+
+
+def test_auto_goes_past_fbgemm_for_an_optimizer_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookups, "why_no_triton", lambda _: "it is old")
+    assert choose_lookup("auto", CPU, DIM, optimizer="sgd") == "fbgemm"
+    assert choose_lookup("auto", CPU, DIM, optimizer="rowwise_adam") == "reference"
+    assert choose_lookup("auto", GPU, DIM, optimizer="rowwise_adam") == "fbgemm"
+    with pytest.raises(InputError) as refusal:
+        choose_lookup("fbgemm", CPU, DIM, optimizer="rowwise_adam")
+    assert str(refusal.value) == (
+        "memory.lookup=fbgemm: on a CPU FBGEMM has no rowwise_adam (optimizer.values.kind); "
+        "set memory.lookup to auto or reference"
+    )
+
+
+def test_an_optimizer_that_there_is_not_is_refused() -> None:
+    with pytest.raises(InputError, match=r"kind='adam'\): no such kind; use one of rowwise_adagrad, sgd, rowwise_ad"):
+        ValueOptimizer(kind="adam")
 
 
 def test_auto_leaves_the_interpreter_alone(monkeypatch: pytest.MonkeyPatch) -> None:

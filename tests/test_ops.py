@@ -49,11 +49,19 @@ def test_the_gather_and_the_update_are_sound_operators() -> None:
     uniform, jagged = (rows_GL, weights_GL, None), (rows_GL.flatten(), weights_GL.flatten(), offsets_G1)
     for bags in (uniform, jagged, (rows_GL.flatten(), None, offsets_G1)):
         torch.library.opcheck(ops.sparse_gather, (values_RD, *bags))
-    for bags, of_weights in ((uniform, True), (jagged, False)):
-        step = (values_RD, moment_R, *bags, gradient_GD[: 6 if bags is uniform else 3], 0.1, 1e-8, of_weights)
-        torch.library.opcheck(ops.sparse_adagrad_, step)
+    numbers, first_RD = [0.1, 1e-8, 0.9, 0.999], torch.zeros_like(values_RD)
+    for bags, rule, state, of_weights in (
+        (uniform, "rowwise_adagrad", (moment_R, None), True),
+        (jagged, "rowwise_adam", (moment_R, first_RD), False),
+        (uniform, "sgd", (None, None), False),
+    ):
+        gradient = gradient_GD[: 6 if bags is uniform else 3]
+        step = (values_RD, *state, *bags, gradient, rule, numbers, 3, of_weights)
+        torch.library.opcheck(ops.sparse_update_, step)
         halves = (values_RD.bfloat16(), *step[1:], 5)
-        torch.library.opcheck(ops.sparse_adagrad_, halves)
+        torch.library.opcheck(ops.sparse_update_, halves)
+    with pytest.raises(ValueError, match="rule is 'adam': give sgd, rowwise_adagrad or rowwise_adam"):
+        ops.sparse_update_(values_RD, None, None, *uniform, gradient_GD, "adam", numbers, 1, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -79,7 +87,8 @@ def test_the_operators_compile_without_a_graph_break() -> None:
         slots_MHK, weights_MHK = ops.retrieve(*queries_and_keys, 4, 0.25)
         bags = slots_MHK.flatten(1), weights_MHK.detach().flatten(1), None
         pooled_GD = ops.sparse_gather(values_RD, *bags)
-        ops.sparse_adagrad_(values_RD, moment_R, *bags, pooled_GD, 0.1, 1e-8, False)
+        numbers = [0.1, 1e-8, 0.9, 0.999]
+        ops.sparse_update_(values_RD, moment_R, None, *bags, pooled_GD, "rowwise_adagrad", numbers, 0, False)
         return pooled_GD.sum() + (weights_MHK * weights_MHK).sum()
 
     values_RD = torch.randn(81, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -185,7 +194,8 @@ import torch
 from msn_dist.config import MemoryConfig
 from msn_dist.errors import InputError
 from msn_dist.memory import Memory
-from msn_dist.sharding.lookup import ValueOptimizer, choose_lookup, make_lookup
+from msn_dist.sharding import ValueOptimizer
+from msn_dist.sharding.lookup import choose_lookup, make_lookup
 config = dict(sub_keys=9, top_k=4, key_dim=8)
 Memory(MemoryConfig(**config), tokens=2, width=8, seed=0)(torch.randn(3, 2, 8)).sum().backward()
 print(make_lookup("auto", 10, 8, ValueOptimizer(), torch.device("cpu")).name)

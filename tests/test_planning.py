@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from msn_dist.config import DataConfig, MemoryConfig, RankMixerConfig, RunConfig, TrainingConfig
+from msn_dist.config import (
+    DataConfig,
+    MemoryConfig,
+    OptimizerConfig,
+    RankMixerConfig,
+    RunConfig,
+    TrainingConfig,
+    ValueOptimizerConfig,
+)
 from msn_dist.data.schema import Schema
 from msn_dist.errors import InputError
 from msn_dist.planner import tuning
@@ -47,6 +55,13 @@ def situation(nodes: int, ranks_per_node: int, rows: int = 1024, zipf: float | N
         training=TrainingConfig(precision="bf16"),
     )
     return Situation(config, SCHEMA, topology, load_machine("h200"), Popularity(zipf))
+
+
+def with_optimizer(here: Situation, kind: str, **memory: object) -> Situation:
+    """Of the values."""
+    optimizer = OptimizerConfig(values=ValueOptimizerConfig(kind=kind))
+    changes = {"optimizer": optimizer, "memory": here.config.memory.model_copy(update=memory)}
+    return here.with_config(here.config.model_copy(update=changes))
 
 
 def test_a_curve_is_straight_on_logarithmic_axes_and_constant_beyond_its_points() -> None:
@@ -164,6 +179,33 @@ def test_what_training_would_refuse_is_not_planned(memory: dict, training: dict,
     )
     with pytest.raises(InputError, match=message):
         here.with_config(config)
+
+
+def test_the_values_optimizer_is_priced_with_its_state() -> None:
+    here = situation(1, 8)
+    planned = {
+        kind: plan(with_optimizer(here, kind), rounding=False, date="2026-01-01")
+        for kind in ("sgd", "rowwise_adagrad", "rowwise_adam")
+    }
+    rows = here.memories * here.slots // 8
+    assert [found.storage["value state"][0] for found in planned.values()] == [0, rows * 4, rows * (4 + 4 * here.dim)]
+    assert with_optimizer(here, "rowwise_adam").least_table_bytes == rows * (4 * here.dim + 4 + 4 * here.dim)
+    sgd, adagrad, adam = (
+        next(phase.seconds for phase in found.phases if phase.name == "update") for found in planned.values()
+    )
+    assert sgd == adagrad < adam
+    with pytest.raises(InputError, match="optimizer.values.kind='sgd', and the config has 'rowwise_adagrad'; plan"):
+        planned["sgd"].applied_to(here.config)
+
+
+def test_on_a_cpu_row_wise_adam_is_planned_with_the_look_up_that_has_it() -> None:
+    here = situation(1, 8)
+    tree = json.loads(here.machine.model_dump_json()) | {"kind": "cpu", "ranks": 8}
+    there = Situation(here.config, SCHEMA, here.topology, Machine.model_validate(tree))
+    adam = with_optimizer(there, "rowwise_adam")
+    assert [one.layout("row_pooled", "fp32", "fp32").lookup for one in (there, adam)] == ["fbgemm", "reference"]
+    with pytest.raises(InputError, match="lookup=fbgemm has no optimizer.values.kind=rowwise_adam on a CPU, and the"):
+        with_optimizer(there, "rowwise_adam", lookup="fbgemm")
 
 
 def test_a_look_up_that_is_named_rules_out_strategies_that_it_cannot_serve() -> None:

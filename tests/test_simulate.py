@@ -95,8 +95,9 @@ def test_expected_bytes_are_the_mean_of_exact_ones(world: int, exponent: float) 
         for seed in range(repeats)
     ]
     load = Load.zipf(slots, bags, hits, exponent) if exponent else Load.uniform(slots, bags, hits)
-    for strategy, wire in product(STRATEGIES, ("fp32", "int8")):
-        layout, mean = Layout(world, 8, strategy, wire), {}
+    settings = [("fp32", "rowwise_adagrad"), ("int8", "sgd"), ("int8", "rowwise_adam")]
+    for strategy, (wire, optimizer) in product(STRATEGIES, settings):
+        layout, mean = Layout(world, 8, strategy, wire, optimizer=optimizer), {}
         for sent in (sent for demand in demands for sent in simulate_hits(layout, demand, dim).sent_W):
             for way, messages in sent.items():
                 for name, size in messages.items():

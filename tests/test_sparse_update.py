@@ -73,17 +73,19 @@ def naive(given: Case, rule: Rule) -> tuple[Case, Tensor]:
     exact = Case(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in vars(given.copy()).values()))
     values_RD, weights_H = exact.values_RD.clone().requires_grad_(), exact.weights_H.clone().requires_grad_()
     reference.weighted_bags(values_RD, exact.rows_H, exact.offsets_G1, weights_H).backward(exact.gradient_GD)
-    hit_R = torch.zeros(len(values_RD), dtype=torch.bool, device=DEVICE)
-    hit_R[exact.rows_H] = True
+    hit_X = exact.rows_H.unique().long()
     match rule:
         case Sgd():
             reference.sgd_(exact.values_RD, values_RD.grad, rule.lr)
         case RowwiseAdagrad():
             reference.rowwise_adagrad_(exact.values_RD, exact.moment_R, values_RD.grad, rule.lr, rule.eps)
         case RowwiseAdam():
-            state = exact.first_RD, exact.moment_R
+            kept = exact.values_RD, exact.first_RD, exact.moment_R
+            stepped = [tensor[hit_X] for tensor in kept]
             numbers = rule.lr, rule.eps, rule.beta1, rule.beta2, rule.step
-            reference.rowwise_adam_(exact.values_RD, *state, values_RD.grad, hit_R, *numbers)
+            reference.rowwise_adam_(*stepped, values_RD.grad[hit_X], *numbers)
+            for tensor, of_rows in zip(kept, stepped, strict=True):
+                tensor[hit_X] = of_rows
     return exact, weights_H.grad
 
 

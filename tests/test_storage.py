@@ -28,12 +28,17 @@ CASES: dict[int, dict[str, RunConfig]] = {
         "msn_smoe bf16": config_of(1, SMOE, MEMORY | BF16, "bf16"),
         "dlrm reference": config_of(1, DLRM, MEMORY | {"lookup": "reference"}),
         "chunks, attention": config_of(1, RANKMIXER | {"attention": True}, MEMORY | {"chunks": 2}),
+        "sgd": config_of(1, RANKMIXER, MEMORY, optimizer="sgd"),
     },
     2: {
         **{strategy: config_of(2, RANKMIXER, MEMORY | {"strategy": strategy}) for strategy in STRATEGIES},
         "msn_smoe bf16 int8": config_of(2, SMOE, MEMORY | BF16 | {"wire": "int8"}, "bf16"),
         "dlrm bf16": config_of(2, DLRM, MEMORY | {"wire": "bf16", "strategy": "row_gather_unique"}, "bf16"),
         "attention": config_of(2, RANKMIXER | {"attention": True, "block": "gated_ffn"}, None),
+        **{
+            f"{strategy} adam": config_of(2, RANKMIXER, MEMORY | {"strategy": strategy}, optimizer="rowwise_adam")
+            for strategy in ("row_pooled", "column", "replicated")
+        },
     },
     3: {
         "row_pooled_sparse": config_of(3, RANKMIXER, MEMORY | {"strategy": "row_pooled_sparse", "share": "token"}),
@@ -47,9 +52,10 @@ def layout_of(config: RunConfig, world: int) -> Layout:
     memory = config.memory
     if memory is None:
         return Layout(world, world, "row_pooled")
-    by_reference = memory.value_dtype != "fp32" or memory.strategy in ("column", "replicated")
+    kind = config.optimizer.values.kind
+    by_reference = memory.value_dtype != "fp32" or memory.strategy in ("column", "replicated") or kind == "rowwise_adam"
     lookup = "reference" if by_reference or memory.lookup == "reference" else "fbgemm"
-    return Layout(world, world, memory.strategy, memory.wire, memory.value_dtype, lookup)
+    return Layout(world, world, memory.strategy, memory.wire, memory.value_dtype, lookup, kind)
 
 
 def predicted(config: RunConfig, world: int, tables: list[TableShards], distinct: int | None = None) -> list[Storage]:

@@ -20,6 +20,7 @@ from ranks import run_ranks
 
 SLOTS, DIM, HITS = 143, 20, 6
 WIRES = ["fp32", "bf16", "fp16", "int8"]
+OPTIMIZERS = {"column": ["sgd", "rowwise_adam"], "replicated": ["sgd", "rowwise_adam"]}  # on which bytes depend
 BAGS = {1: [[5]], 2: [[4, 7], [0, 3]], 3: [[2, 0, 9]], 4: [[3, 5, 0, 2], [0, 0, 8, 0]]}  # of the ranks, by world size
 
 REFUSED = [("two_level", 3, DIM), ("column", 1, 6)]  # strategy, ranks a node, width, on 4 ranks
@@ -31,14 +32,28 @@ def slots_of(bags: list[int]) -> list[torch.Tensor]:
     return [torch.randint(SLOTS, (count, HITS), generator=generator) ** 2 % SLOTS for count in bags]
 
 
-def sharded(strategy: str, group: dist.ProcessGroup, wire: str = "fp32", node: int = 1, dim: int = DIM):
+def sharded(
+    strategy: str,
+    group: dist.ProcessGroup,
+    wire: str = "fp32",
+    node: int = 1,
+    optimizer: str = "rowwise_adagrad",
+    dim: int = DIM,
+):
     layout = ValueSharding(strategy, wire)
     table = MemoryValues(SLOTS, dim, init_std=1.0, seed=0, sharding=layout, device="meta")
-    return shard_values(table, group, ValueOptimizer(), torch.device("cpu"), node)
+    return shard_values(table, group, ValueOptimizer(kind=optimizer), torch.device("cpu"), node)
+
+
+def settings_of(strategy: str, size: int) -> list[tuple]:
+    """(wire, ranks a node, optimizer), those that are tested."""
+    nodes = (1, 2, 4) if strategy == "two_level" and size == 4 else (1,)
+    by_wire = [(wire, node, "rowwise_adagrad") for wire in WIRES for node in nodes]
+    return by_wire + [("int8", 1, optimizer) for optimizer in OPTIMIZERS.get(strategy, [])]
 
 
 def counted(rank: int, world: int) -> dict[tuple, tuple[dict, list[int]]]:
-    """By (deal of bags, strategy, wire, ranks a node): what this rank's exchange has counted in one step."""
+    """By (deal of bags, strategy, wire, ranks a node, optimizer): what this rank's exchange has counted in one step."""
     found = {}
     for strategy, node, dim in REFUSED:
         with pytest.raises(InputError) as refusal:
@@ -51,14 +66,13 @@ def counted(rank: int, world: int) -> dict[tuple, tuple[dict, list[int]]]:
         for bags in deals:
             slots_ML = slots_of(bags)[rank]
             for strategy in STRATEGIES:
-                for wire in WIRES:
-                    for node in (1, 2, 4) if strategy == "two_level" and size == 4 else (1,):
-                        values = sharded(strategy, group, wire, node)
-                        weights_ML = torch.rand(slots_ML.shape, requires_grad=True)
-                        values(slots_ML, weights_ML).sum().backward()
-                        traffic = values.exchange.traffic
-                        found[tuple(bags), strategy, wire, node] = traffic.by_message(), traffic.by_peer()
-                        del values
+                for setting in settings_of(strategy, size):
+                    values = sharded(strategy, group, *setting)
+                    weights_ML = torch.rand(slots_ML.shape, requires_grad=True)
+                    values(slots_ML, weights_ML).sum().backward()
+                    traffic = values.exchange.traffic
+                    found[tuple(bags), strategy, *setting] = traffic.by_message(), traffic.by_peer()
+                    del values
         gc.collect()
     return found
 
@@ -74,8 +88,7 @@ def test_every_message_has_the_bytes_of_its_formula(strategy: str, found) -> Non
     for bags in (tuple(bags) for deals in BAGS.values() for bags in deals):
         demand = Demand.of(slots_of(list(bags)), Placement.permuted(SLOTS))
         for key in (key for key in found[0] if key[:2] == (bags, strategy)):
-            _, _, wire, node = key
-            expected = bytes_of_step(strategy, demand, DIM, wire, node)
+            expected = bytes_of_step(strategy, demand, DIM, *key[2:])
             for rank, bytes_of_rank in enumerate(expected):
                 messages, by_peer = found[rank][key]
                 assert messages == {way: sent for way, sent in bytes_of_rank.items() if sent}, (key, rank)

@@ -23,7 +23,8 @@ from msn_dist.planner.step_recorder import StepRecorder
 from msn_dist.planner.stopclock import Stopclock
 from msn_dist.sharding.buckets import bucket_rows, bucket_rows_by_kernel
 from msn_dist.sharding.hits import Hits
-from msn_dist.sharding.lookup import ValueOptimizer, choose_lookup, make_lookup
+from msn_dist.sharding.lookup import choose_lookup, make_lookup
+from msn_dist.sharding.value_optimizer import ValueOptimizer
 
 _HITS, _FEW_ROWS = 32, 256  # of a bag, and rows that any cache holds
 _BURST = 2**26  # bytes of results that live at once, as in a step: on a CPU memory that is taken anew is dear

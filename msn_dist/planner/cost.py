@@ -101,7 +101,13 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
         load, chunks = situation.load, situation.memory.chunks
         work = exchange_work(layout, load, situation.dim)
         messages = memories * expected_bytes(
-            layout.strategy, layout.world, layout.ranks_per_node, load, situation.dim, layout.wire
+            layout.strategy,
+            layout.world,
+            layout.ranks_per_node,
+            load,
+            situation.dim,
+            layout.wire,
+            layout.optimizer,
         )
         phases.append(Phase("retrieval and gate", model.memory))
         phases += _exchange(work, messages, memories, chunks, machine, topology)

@@ -114,6 +114,10 @@ class _LookUpBytes(LiveBytes):
             self.scratch(hits.numel() * (hits.element_size() + 16))  # hits sorted, their order and the inverse
             touched = hits.new_empty(self._expected.distinct(hits))
             return touched, torch.empty_like(hits, dtype=torch.int64), hits.new_empty(0)
+        if func is aten.nonzero.default:  # rows of a block that any rank has hit
+            return args[0].new_empty((self._expected.stepped, args[0].ndim), dtype=torch.int64)
+        if func is aten._local_scalar_dense.default:  # the number of a step
+            return 1
         if func is aten.repeat_interleave.Tensor:
             return args[0].new_empty(kwargs["output_size"])
         if func is aten.index.Tensor and args[1][0].dtype == torch.bool:  # rows that this rank counts

@@ -41,6 +41,8 @@ def exchange_work(layout: Layout, load: Load, dim: int) -> Work:
         work.backward += _in_torch_backward(work.read, work.rows, dim, element)
         work.distinct += work.read
         work.read = 0.0
+    if layout.optimizer == "rowwise_adam":
+        work.backward += _first_moments(layout, load, dim)
     return work
 
 
@@ -90,6 +92,15 @@ def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
         case _:
             raise ValueError(f"unknown strategy {layout.strategy!r}")
     return work
+
+
+def _first_moments(layout: Layout, load: Load, dim: int) -> list[float]:
+    """Of the rows that are stepped: read and written by a kernel; by torch taken out, scaled, added to, put back."""
+    world = layout.world
+    by_column = layout.strategy == "column" and world > 1
+    rows, width = (load.rows(world), -(-dim // world)) if by_column else (load.rows(world) / world, dim)
+    size = rows * width * _FLOAT
+    return [2 * size, 2 * size, 2 * size, 3 * size, 2 * size] if layout.lookup == "reference" else [2 * size]
 
 
 def _coded(wire: str, rows: float, dim: int) -> list[float]:

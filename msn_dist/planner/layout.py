@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msn_dist.config import ValueOptimizerKind
+
 
 @dataclass(frozen=True)
 class Layout:
-    """How every memory of a model lies on the ranks; the names are those of MemoryConfig."""
+    """How every memory of a model lies on the ranks; the names are those of MemoryConfig and ValueOptimizerConfig."""
 
     world: int
     ranks_per_node: int
@@ -15,6 +17,7 @@ class Layout:
     wire: str = "fp32"
     value_dtype: str = "fp32"
     lookup: str = "fbgemm"  # never "auto": what it comes to on the planned device
+    optimizer: ValueOptimizerKind = "rowwise_adagrad"
 
     @property
     def nodes(self) -> int:

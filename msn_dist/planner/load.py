@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msn_dist.config import ValueOptimizerKind
 from msn_dist.errors import InputError
 from msn_dist.memory.placement import Placement
 from msn_dist.sharding.hit_wire import weight_dtype
@@ -169,7 +170,13 @@ class Message:
 
 
 def expected_bytes(
-    strategy: str, world: int, ranks_per_node: int, load: Load, dim: int, wire: str = "fp32"
+    strategy: str,
+    world: int,
+    ranks_per_node: int,
+    load: Load,
+    dim: int,
+    wire: str = "fp32",
+    optimizer: ValueOptimizerKind = "rowwise_adagrad",
 ) -> list[Message]:
     """The messages of a forward and backward in the order of time, without empty ones; none at W = 1.
 
@@ -226,7 +233,7 @@ def expected_bytes(
             if columns * others >= dim:
                 raise InputError(f"column: values of width {dim} leave a rank of {world} without columns")
             row, value = 4 if load.slots < 2**31 else 8, row_bytes(wire, columns)
-            squares = load.rows(world) * away * 4
+            squares = 0 if optimizer == "sgd" else load.rows(world) * away * 4
             send("forward", "counts", 8 * others)
             send("forward", "hits", others * m * load.hits * (row + weight))
             send("forward", "pooled", others * m * value)
@@ -236,6 +243,8 @@ def expected_bytes(
             send("backward", "hits_gradient", others * m * load.hits * 4)
         case "replicated":
             send("backward", "table_gradient", load.slots * away * value)
+            if optimizer == "rowwise_adam":
+                send("backward", "rows_hit", load.slots * away)
             send("backward", "table", load.slots * away * 4 * dim)
         case _:
             raise ValueError(f"unknown strategy {strategy!r}")

@@ -26,12 +26,13 @@ from msn_dist.sharding.column import Column
 from msn_dist.sharding.exchange import Flight
 from msn_dist.sharding.hits import Hits
 from msn_dist.sharding.local import Local
-from msn_dist.sharding.lookup import ReferenceLookup, ValueOptimizer
+from msn_dist.sharding.lookup import ReferenceLookup
 from msn_dist.sharding.replicated import Replicated, _ReplicatedLookup
 from msn_dist.sharding.sharded_values import ShardedMemoryValues
 from msn_dist.sharding.strategies import STRATEGIES
 from msn_dist.sharding.streams import Aside
 from msn_dist.sharding.two_level import TwoLevel
+from msn_dist.sharding.value_optimizer import ValueOptimizer
 from msn_dist.sharding.wire import wires
 
 
@@ -55,13 +56,17 @@ class Expected:
         world = self.layout.world
         return round(self.bags * world * (1 - (1 - 1 / world) ** self.hits))
 
+    @property
+    def stepped(self) -> int:
+        """Rows of a block that the hits of all ranks fall on."""
+        return _distinct(self.block, self.bags * self.hits)
+
     def distinct(self, rows_of_hits: Tensor) -> int:
-        """Rows that these fall on, of R that they may: R (1 - (1 - 1 / R)^hits)."""
+        """Rows that these fall on."""
         if self.of_a_rank is not None and rows_of_hits.ndim == 2:
             return self.of_a_rank
         one_owner = rows_of_hits.ndim == 1 and self.layout.strategy not in ("column", "replicated")
-        rows, hits = self.block if one_owner else self.slots, rows_of_hits.numel()
-        return min(rows, hits, round(-rows * math.expm1(hits * math.log1p(-1 / rows)))) if rows > 1 else 1
+        return _distinct(self.block if one_owner else self.slots, rows_of_hits.numel())
 
     def answer(self) -> list:
         """What the counts that ranks tell each other say, as the strategies read them."""
@@ -77,6 +82,11 @@ class Expected:
             case "row_pooled_sparse":
                 return [[_split(total, world), _split(self.pairs, world)]] * 2
         return [[_split(total, world), each]] * 2
+
+
+def _distinct(rows: int, hits: int) -> int:
+    """Of R rows, those that so many hits fall on: R (1 - (1 - 1 / R)^hits)."""
+    return min(rows, hits, round(-rows * math.expm1(hits * math.log1p(-1 / rows)))) if rows > 1 else 1
 
 
 def _split(total: int, parts: int) -> list[int]:
@@ -188,7 +198,8 @@ def bare_table(expected: Expected, dim: int, exchange: LoopbackExchange) -> Shar
     """The sharded table of rank 0, as its constructor makes it, without a process group."""
     layout, slots = expected.layout, expected.slots
     strategy = Local if layout.world == 1 else STRATEGIES[layout.strategy]
-    device, dtype, optimizer = torch.device("cpu"), VALUE_DTYPES[layout.value_dtype], ValueOptimizer()
+    device, dtype = torch.device("cpu"), VALUE_DTYPES[layout.value_dtype]
+    optimizer = ValueOptimizer(kind=layout.optimizer)
     values = strategy.__new__(strategy)
     nn.Module.__init__(values)
     values.slots, values.dim, values.placement = slots, dim, Placement.permuted(slots)

@@ -137,6 +137,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
         "model": tree["model"],
         "memory": tree["memory"] or {},
         "data": {"batch_size": config.data.batch_size},
+        "optimizer": {"values.kind": config.optimizer.values.kind},
         "training": {"precision": config.training.precision},
     }
     flat = {f"{part}.{key}": value for part, keys in chosen.items() for key, value in keys.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
-from msn_dist.config import MemoryConfig, RunConfig
+from msn_dist.config import MemoryConfig, RunConfig, ValueOptimizerKind
 from msn_dist.data.schema import Schema
 from msn_dist.errors import InputError
 from msn_dist.memory.values import VALUE_DTYPES
@@ -16,6 +16,7 @@ from msn_dist.planner.load import Load
 from msn_dist.planner.machine import Machine
 from msn_dist.planner.storage import slots_of
 from msn_dist.planner.topology import Topology
+from msn_dist.sharding.value_optimizer import state_bytes
 
 # one object for as many ranks as are looked at, with what it has worked out
 _zipf = lru_cache(maxsize=64)(Load.zipf)
@@ -80,6 +81,11 @@ class Situation:
         rounds = memory.value_dtype == "bf16" or (memory.value_dtype == "fp16" and kind == "cpu")
         if memory.lookup == "fbgemm" and rounds:
             raise InputError(f"memory.lookup=fbgemm cannot train values of {memory.value_dtype}; set lookup to auto")
+        if memory.lookup == "fbgemm" and self.optimizer == "rowwise_adam" and kind == "cpu":
+            raise InputError(
+                "memory.lookup=fbgemm has no optimizer.values.kind=rowwise_adam on a CPU, and the topology's ranks are "
+                "CPUs; set lookup to auto"
+            )
         if memory.chunks > self.rows:
             raise InputError(f"memory.chunks={memory.chunks} is more than the {self.rows} rows of a rank; lower it")
 
@@ -94,6 +100,11 @@ class Situation:
     @property
     def memory(self) -> MemoryConfig | None:
         return self.config.memory
+
+    @property
+    def optimizer(self) -> ValueOptimizerKind:
+        """Of the values."""
+        return self.config.optimizer.values.kind
 
     @property
     def memories(self) -> int:
@@ -117,7 +128,7 @@ class Situation:
         """Values and optimizer state of all tables on a rank, if they are cut evenly."""
         if self.memory is None:
             return 0
-        row = self.dim * VALUE_DTYPES[self.memory.value_dtype].itemsize + 4
+        row = self.dim * VALUE_DTYPES[self.memory.value_dtype].itemsize + state_bytes(self.optimizer, self.dim)
         return self.memories * self.slots * row // self.topology.world
 
     @cached_property
@@ -142,5 +153,6 @@ class Situation:
         elif lookup == "auto" and self.machine.kind == "cuda":
             lookup = "triton" if self.dim <= 4096 else "fbgemm"
         elif lookup == "auto":
-            lookup = "fbgemm" if value_dtype == "fp32" else "reference"
-        return Layout(self.topology.world, self.topology.ranks_per_node, strategy, wire, value_dtype, lookup)
+            lookup = "fbgemm" if value_dtype == "fp32" and self.optimizer != "rowwise_adam" else "reference"
+        names = strategy, wire, value_dtype, lookup, self.optimizer
+        return Layout(self.topology.world, self.topology.ranks_per_node, *names)

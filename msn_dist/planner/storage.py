@@ -23,6 +23,7 @@ from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.planner.dense_trace import LookUp, Span, StepTrace
 from msn_dist.planner.exchange_storage import ExchangeBytes, exchange_bytes
 from msn_dist.planner.layout import Layout
+from msn_dist.sharding.value_optimizer import state_bytes
 
 if TYPE_CHECKING:
     from msn_dist.data.schema import Schema
@@ -38,7 +39,7 @@ class Storage:
     """Bytes on one rank, by kind."""
 
     values: int  # of all memories
-    value_state: int  # row-wise Adagrad, float32 a row
+    value_state: int  # of their optimizer
     usage: int  # counters of hits
     id_tables: int
     id_state: int
@@ -88,7 +89,7 @@ def rank_storage(
         storages.append(
             Storage(
                 values=memories * value_rows * width * itemsize,
-                value_state=memories * state_rows * 4,
+                value_state=memories * state_rows * state_bytes(layout.optimizer, width),
                 usage=memories * counted_rows * _USAGE,
                 id_tables=sum(t.rows_per_rank[rank] * t.dim * 4 for t in ids),
                 id_state=sum(t.rows_per_rank[rank] * 4 for t in ids),

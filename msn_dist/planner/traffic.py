@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msn_dist.config import ValueOptimizerKind
 from msn_dist.memory.placement import Placement
 from msn_dist.sharding.hit_wire import weight_dtype
 from msn_dist.sharding.row_sharded import shard_of
@@ -59,7 +60,12 @@ class Demand:
 
 
 def bytes_of_step(
-    strategy: str, demand: Demand, dim: int, wire: str = "fp32", ranks_per_node: int = 1
+    strategy: str,
+    demand: Demand,
+    dim: int,
+    wire: str = "fp32",
+    ranks_per_node: int = 1,
+    optimizer: ValueOptimizerKind = "rowwise_adagrad",
 ) -> list[dict[str, dict[str, int]]]:
     """{direction: {message: bytes}} that each rank sends to others in one forward and backward."""
     world = len(demand.bags_W)
@@ -105,15 +111,15 @@ def bytes_of_step(
             value = row_bytes(wire, -(-dim // world))
             parts_W = torch.tensor([demand.distinct * rank // world for rank in range(world + 1)]).diff()
             forward = headers(1) | {"hits": mine_W * demand.hits * (row + weight), "pooled": others_W * value}
-            backward = {
-                "pooled_gradient": mine_W * value,
-                "hits_gradient": others_W * demand.hits * 4,
-                "squares": (demand.distinct - parts_W + (world - 1) * parts_W) * 4,
-            }
+            backward = {"pooled_gradient": mine_W * value, "hits_gradient": others_W * demand.hits * 4}
+            if optimizer != "sgd":
+                backward["squares"] = (demand.distinct - parts_W + (world - 1) * parts_W) * 4
         case "replicated":
             rows_W = torch.tensor([shard_of(demand.slots, world, rank)[2] for rank in range(world)])
             forward = {}
             backward = {"table_gradient": (demand.slots - rows_W) * value, "table": (world - 1) * rows_W * 4 * dim}
+            if optimizer == "rowwise_adam":
+                backward["rows_hit"] = demand.slots - rows_W
         case _:
             raise ValueError(f"unknown strategy {strategy!r}")
     return [{"forward": _of(forward, rank), "backward": _of(backward, rank)} for rank in range(world)]

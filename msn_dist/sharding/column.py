@@ -1,14 +1,14 @@
 """Strategy `column`: every rank holds ceil(D / W) columns of all rows, and looks up the bags of all ranks.
 
-The hits go to everybody, so there is no owner to overload.  Row-wise Adagrad needs the mean square over whole rows:
-the ranks add up the squares of their columns.  Bytes a rank sends in a step, for m bags of L hits a rank,
+The hits go to everybody, so there is no owner to overload.  Row-wise moments need the mean square over whole rows: the
+ranks add up the squares of their columns.  Bytes a rank sends in a step, for m bags of L hits a rank,
 c = ceil(D / W), e_w bytes a weight and U distinct rows in the hits of all ranks:
 
     headers     8 a peer (counts)
     forward     (W - 1) * m * L * (4 + e_w) (hits)
     returned    (W - 1) * m * row_bytes(c)
     backward    (W - 1) * m * row_bytes(c), (W - 1) * m * L * 4 (gradients of the weights),
-                2 * U * 4 * (W - 1) / W (squares)
+                2 * U * 4 * (W - 1) / W (squares; not for sgd)
 
 Rows take 8 bytes for n >= 2^31.
 
@@ -31,10 +31,11 @@ from msn_dist.memory.health import MemoryHealth, SlotUsage
 from msn_dist.memory.values import MemoryValues
 from msn_dist.sharding.hit_wire import HitWire, weight_dtype
 from msn_dist.sharding.hits import Hits
-from msn_dist.sharding.lookup import ReferenceLookup, ValueOptimizer
+from msn_dist.sharding.lookup import ReferenceLookup
 from msn_dist.sharding.row_sharded import shard_of
 from msn_dist.sharding.sharded_values import ExchangeContext, Later, LazyLater, ShardedMemoryValues
 from msn_dist.sharding.trip import Trip
+from msn_dist.sharding.value_optimizer import ValueOptimizer
 from msn_dist.sharding.wire import Cast
 
 
@@ -67,7 +68,7 @@ class Column(ShardedMemoryValues):
         self.row_dtype = torch.int32 if self.slots < 2**31 else torch.int64
         _, self._first_row, rows = shard_of(self.slots, world, rank)  # the rows whose use this rank counts
         self.usage = SlotUsage(rows, device)
-        self._register(weight, self.lookup.moment_R, Shard(1), Replicate())
+        self._register(weight, Shard(1), Replicate())
 
     def create_context(self) -> ColumnContext:
         return ColumnContext()

@@ -16,10 +16,17 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor
 
-from msn_dist.sharding.lookup import ValueOptimizer
+from msn_dist.sharding.value_optimizer import ValueOptimizer, ValueState, no_steps
 
 if TYPE_CHECKING:
     from msn_dist.sharding.hits import Hits
+
+
+_OPTIMIZERS = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,  # on a GPU only
+}
 
 
 class FbgemmLookup:
@@ -46,13 +53,27 @@ class FbgemmLookup:
             [(rows, dim, location, compute)],
             device=device,
             weights_precision=SparseType.from_dtype(dtype),
-            optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+            optimizer=_OPTIMIZERS[optimizer.kind],
             learning_rate=optimizer.learning_rate,
             eps=optimizer.eps,
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
         )
         (self.weight_RD,) = self._tbe.split_embedding_weights()
-        ((self.moment_R,),) = self._tbe.split_optimizer_states()
+        self.state = self._state()
         self.anchor = torch.zeros((), device=device, requires_grad=True)
+
+    def _state(self) -> ValueState:
+        """TBE's own tensors, and the number of steps, as TBE counts every read."""
+        kept = [of_table for (of_table,) in self._tbe.split_optimizer_states()]
+        match self.optimizer.kind:
+            case "sgd":
+                return ValueState()
+            case "rowwise_adagrad":
+                return ValueState(*kept)
+            case "rowwise_adam":
+                first_RD, moment_R = kept
+                return ValueState(moment_R, first_RD, no_steps())
 
     def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
         if not update_follows:
@@ -62,6 +83,9 @@ class FbgemmLookup:
 
     def _recorded(self, hits: Hits, of_weights: bool) -> tuple[Tensor | None, Tensor]:
         """(weights_H, pooled_GD) whose graph leads to TBE's own backward."""
+        if self.state.steps is not None:  # the graph keeps the number of its step
+            for counter in (self._tbe.iter_cpu, self._tbe.iter):
+                counter.fill_(int(self.state.steps))
         with torch.enable_grad():
             weights_H = None if hits.weights_H is None else hits.weights_H.detach().requires_grad_(of_weights)
             return weights_H, self._tbe(hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype), weights_H)
@@ -70,6 +94,7 @@ class FbgemmLookup:
         weights_H, pooled_GD = hits.tape or self._recorded(hits, of_weights)
         hits.tape = None
         pooled_GD.backward(gradient_GD)
+        self.state.next_step()
         return None if weights_H is None else weights_H.grad
 
     def set_learning_rate(self, learning_rate: float) -> None:

@@ -1,50 +1,40 @@
-"""Local back ends of the sharded table: weighted bags, and row-wise Adagrad from their gradient.
+"""Local back ends of the sharded table: weighted bags, and a step of the optimizer from their gradient.
 
 `reference` is here; `fbgemm` and `triton` have files of their own, which are imported where they are chosen.
 
-Shape suffixes: R rows on this rank, D value width, G bags, H hits, U rows that were hit.
+Shape suffixes: R rows on this rank, D value width, G bags, H hits, U rows that were hit, X rows that are stepped.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from msn_dist.config import ValueOptimizerKind
 from msn_dist.errors import InputError
 from msn_dist.kernels import reference
 from msn_dist.kernels.support import interpreted, why_no_triton
 from msn_dist.sharding.rounding import round_at_random
+from msn_dist.sharding.value_optimizer import ValueOptimizer, ValueState
 
 if TYPE_CHECKING:
     from msn_dist.sharding.hits import Hits
 
 
-@dataclass(frozen=True)
-class ValueOptimizer:
-    """Row-wise Adagrad, the fused optimizer of the values.
-
-    No weight decay: FBGEMM's CPU kernel takes the option and ignores it.
-    """
-
-    learning_rate: float = 0.01
-    eps: float = 1e-8
-
-
 class Lookup(Protocol):
     """A table on one device, with its optimizer.
 
-    Sums and steps are float32, and so is the moment, whatever the values are; a 16-bit value that has been stepped is
+    Sums and steps are float32, and so are the moments, whatever the values are; a 16-bit value that has been stepped is
     rounded at random, by other random numbers in every step.
     """
 
     name: str  # as in MemoryConfig.lookup
     weight_RD: Tensor  # float32, bfloat16 or float16
-    moment_R: Tensor
+    state: ValueState
     anchor: Tensor  # requires a gradient, so that backward comes here even if no weight does
     optimizer: ValueOptimizer
 
@@ -62,7 +52,7 @@ class Lookup(Protocol):
 class ReferenceLookup:
     """PyTorch only; the gradient of the values exists for the touched rows alone.
 
-    `mean_square` maps gradient_UD to the mean squares [U] that row-wise Adagrad adds up: where a rank holds some
+    `mean_square` maps gradient_XD to the mean squares [X] that row-wise moments are made of: where a rank holds some
     columns of a row only, they come from all ranks.
     """
 
@@ -81,7 +71,7 @@ class ReferenceLookup:
         self.optimizer = optimizer
         self.learning_rate = optimizer.learning_rate
         self.weight_RD = torch.empty(rows, dim, dtype=dtype, device=device)
-        self.moment_R = torch.zeros(rows, device=device)
+        self.state = ValueState.of(optimizer.kind, rows, dim, device)
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._mean_square = mean_square
         self._random = torch.Generator(device).manual_seed(seed)
@@ -102,20 +92,27 @@ class ReferenceLookup:
         touched_U, where_H = torch.unique(hits.rows_H, return_inverse=True)
         gradient_UD = gradient_GD.new_zeros(len(touched_U), gradient_GD.shape[1])
         gradient_UD.index_add_(0, where_H, gradient_HD)
-        self.step_rows(touched_U, gradient_UD)
+        self.step_rows(self.weight_RD, touched_U, gradient_UD)
         return gradient_H
 
-    def step_rows(self, rows_U: Tensor, gradient_UD: Tensor) -> None:
-        """One step of distinct rows."""
-        weight_UD, moment_U = self.weight_RD[rows_U].to(torch.float32), self.moment_R[rows_U]
-        reference.rowwise_adagrad_(
-            weight_UD, moment_U, gradient_UD, self.learning_rate, self.optimizer.eps, self._mean_square(gradient_UD)
-        )
-        self.weight_RD[rows_U], self.moment_R[rows_U] = self.rounded(weight_UD), moment_U
-
-    def rounded(self, stepped_XD: Tensor) -> Tensor:
-        """float32 values as the table stores them."""
-        return round_at_random(stepped_XD, self.weight_RD.dtype, self._random)
+    def step_rows(self, table_RD: Tensor, rows_X: Tensor | slice, gradient_XD: Tensor) -> None:
+        """The step of a training step: distinct rows of the table that `state` belongs to."""
+        rate, optimizer, state = self.learning_rate, self.optimizer, self.state
+        weight_XD = table_RD[rows_X].to(torch.float32)
+        match optimizer.kind:
+            case "sgd":
+                reference.sgd_(weight_XD, gradient_XD, rate)
+            case "rowwise_adagrad":
+                moment_X, squares_X = state.moment_R[rows_X], self._mean_square(gradient_XD)
+                reference.rowwise_adagrad_(weight_XD, moment_X, gradient_XD, rate, optimizer.eps, squares_X)
+                state.moment_R[rows_X] = moment_X
+            case "rowwise_adam":
+                first_XD, moment_X = state.first_RD[rows_X], state.moment_R[rows_X]
+                numbers = rate, optimizer.eps, optimizer.beta1, optimizer.beta2, state.next_step()
+                squares_X = self._mean_square(gradient_XD)
+                reference.rowwise_adam_(weight_XD, first_XD, moment_X, gradient_XD, *numbers, squares_X)
+                state.first_RD[rows_X], state.moment_R[rows_X] = first_XD, moment_X
+        table_RD[rows_X] = round_at_random(weight_XD, table_RD.dtype, self._random)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate
@@ -138,7 +135,13 @@ _WIDEST = 4096  # columns that the Triton kernels take
 _PIECE = 2**22  # 16-bit numbers that are widened at once
 
 
-def choose_lookup(kind: str, device: torch.device, dim: int, dtype: torch.dtype = torch.float32) -> str:
+def choose_lookup(
+    kind: str,
+    device: torch.device,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    optimizer: ValueOptimizerKind = "rowwise_adagrad",
+) -> str:
     """Which of LOOKUPS serves rows of `dim` values of `dtype` on `device`; `kind` is one of them or "auto".
 
     auto is triton on a GPU that its kernels run on, else fbgemm, or reference where that cannot.
@@ -147,7 +150,7 @@ def choose_lookup(kind: str, device: torch.device, dim: int, dtype: torch.dtype 
     too_wide = f"the kernels take values up to {_WIDEST} wide, and these are {dim}" if dim > _WIDEST else None
     reasons = {
         "triton": why_no_triton(device) or too_wide,
-        "fbgemm": _why_no_fbgemm() or _why_not_in_fbgemm(dtype, device),
+        "fbgemm": _why_no_fbgemm() or _why_not_in_fbgemm(dtype, device, optimizer),
     }
     if kind == "auto":
         on_gpu = device.type == "cuda" and not interpreted()
@@ -172,7 +175,7 @@ def make_lookup(
 
     `seed` is that of random rounding.
     """
-    match choose_lookup(kind, device, dim, dtype):
+    match choose_lookup(kind, device, dim, dtype, optimizer.kind):
         case "triton":
             from msn_dist.sharding.triton_lookup import TritonLookup
 
@@ -189,9 +192,11 @@ def _why_no_fbgemm() -> str | None:
     return None if importlib.util.find_spec("fbgemm_gpu") else "FBGEMM is not installed"
 
 
-def _why_not_in_fbgemm(dtype: torch.dtype, device: torch.device) -> str | None:
+def _why_not_in_fbgemm(dtype: torch.dtype, device: torch.device, optimizer: ValueOptimizerKind) -> str | None:
     if dtype == torch.bfloat16:
         return "FBGEMM stores no values of bf16"
     if dtype == torch.float16 and device.type == "cpu":
         return "on a CPU FBGEMM rounds fp16 to the nearest, which loses small steps"
+    if optimizer == "rowwise_adam" and device.type == "cpu":
+        return "on a CPU FBGEMM has no rowwise_adam (optimizer.values.kind)"
     return None

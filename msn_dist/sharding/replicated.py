@@ -5,6 +5,7 @@ new rows to all.  So replicas stay equal to the last bit, and the optimizer's st
 sends in a step, for n slots of width D, whatever the batch:
 
     backward    n * row_bytes(D) * (W - 1) / W (gradients)        n * 4 D * (W - 1) / W (new rows, always float32)
+                n * (W - 1) / W (which rows were hit; for rowwise_adam)
 
 Shape suffixes: M bags, L hits a bag, W ranks, n slots, R rows of this rank's block, D value width.
 """
@@ -22,14 +23,14 @@ from torch.distributed.tensor import Shard
 from torch.nn.modules.module import _IncompatibleKeys
 from torchrec.distributed.types import Awaitable, LazyAwaitable, LazyNoWait, NoWait
 
-from msn_dist.kernels import reference
 from msn_dist.memory.health import MemoryHealth, SlotUsage
 from msn_dist.memory.values import MemoryValues
 from msn_dist.sharding.exchange import Exchange
 from msn_dist.sharding.hits import Hits
-from msn_dist.sharding.lookup import ReferenceLookup, ValueOptimizer, weights_gradient
+from msn_dist.sharding.lookup import ReferenceLookup, weights_gradient
 from msn_dist.sharding.row_sharded import shard_of
 from msn_dist.sharding.sharded_values import ExchangeContext, ShardedMemoryValues
+from msn_dist.sharding.value_optimizer import ValueOptimizer, ValueState
 from msn_dist.sharding.wire import Wire
 
 
@@ -46,7 +47,7 @@ class Replicated(ShardedMemoryValues):
         )
         table.fill(self.lookup.weight_RD, 0)
         self.usage = SlotUsage(self.slots, device)
-        self._register(self.lookup.block_RD, self.lookup.moment_R, Shard(0), Shard(0))
+        self._register(self.lookup.block_RD, Shard(0), Shard(0))
 
     def input_dist(self, ctx: ExchangeContext, slots_ML: Tensor, weights_ML: Tensor) -> Awaitable[Awaitable[Hits]]:
         row_H = self.placement.row_of(slots_ML).flatten()
@@ -93,7 +94,8 @@ class _ReplicatedLookup(ReferenceLookup):
         _, first_row, rows = shards[exchange.rank]
         self.block = slice(first_row, first_row + rows)
         self._rows_W, self._mine_W = [rows for *_, rows in shards], [rows] * exchange.world
-        self.block_RD, self.moment_R = self.weight_RD[self.block], self.moment_R[self.block].clone()
+        self.block_RD = self.weight_RD[self.block]
+        self.state = ValueState.of(optimizer.kind, rows, dim, device)
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
         gradient_H = None
@@ -101,15 +103,25 @@ class _ReplicatedLookup(ReferenceLookup):
             gradient_H = weights_gradient(self.weight_RD, hits, gradient_GD)
         gradient_HD = gradient_GD[hits.bag_H()] * hits.weights_H[:, None]
         gradient_nD = torch.zeros_like(self.weight_RD, dtype=torch.float32).index_add_(0, hits.rows_H, gradient_HD)
-        message, world = self._wire.encode(gradient_nD), self._exchange.world
-        parts = self._exchange.start("backward", "table_gradient", message, self._rows_W, self._mine_W).wait()
-        gradient_RD = self._wire.decode(parts).unflatten(0, (world, len(self.block_RD))).sum(0)
-        # rows that nobody has hit have a gradient of 0, which leaves them as they are
-        stepped_RD = self.block_RD.to(torch.float32)
-        reference.rowwise_adagrad_(stepped_RD, self.moment_R, gradient_RD, self.learning_rate, self.optimizer.eps)
-        self.block_RD.copy_(self.rounded(stepped_RD))
+        parts = self._to_owners("table_gradient", self._wire.encode(gradient_nD))
+        gradient_RD = self._wire.decode(parts).unflatten(0, (self._exchange.world, -1)).sum(0)
+        if self.optimizer.kind == "rowwise_adam":
+            rows_X = self._rows_hit(hits)
+            self.step_rows(self.block_RD, rows_X, gradient_RD[rows_X])
+        else:  # rows that nobody has hit have a gradient of 0, which leaves them as they are
+            self.step_rows(self.block_RD, slice(None), gradient_RD)
         self.share_block()
         return gradient_H
+
+    def _rows_hit(self, hits: Hits) -> Tensor:
+        """Rows of this rank's block that any rank has hit; a hit of weight 0 is one."""
+        hit_n = torch.zeros(len(self.weight_RD), dtype=torch.uint8, device=self.weight_RD.device)
+        hit_n[hits.rows_H] = 1
+        return self._to_owners("rows_hit", hit_n).unflatten(0, (self._exchange.world, -1)).any(0).nonzero().flatten()
+
+    def _to_owners(self, name: str, of_rows_n: Tensor) -> Tensor:
+        """What each rank has of this rank's rows, one rank's after the other's."""
+        return self._exchange.start("backward", name, of_rows_n, self._rows_W, self._mine_W).wait()
 
     def share_block(self) -> None:
         """Give this rank's rows to all and take theirs; a collective call."""

@@ -14,8 +14,9 @@ from msn_dist.errors import InputError
 from msn_dist.memory.health import SlotUsage
 from msn_dist.memory.values import MemoryValues
 from msn_dist.sharding.buckets import MOST_RANKS_OF_KERNEL, Buckets, bucket_rows, bucket_rows_by_kernel
-from msn_dist.sharding.lookup import ValueOptimizer, make_lookup
+from msn_dist.sharding.lookup import make_lookup
 from msn_dist.sharding.sharded_values import ShardedMemoryValues
+from msn_dist.sharding.value_optimizer import ValueOptimizer
 
 
 class RowSharded(ShardedMemoryValues):
@@ -32,7 +33,7 @@ class RowSharded(ShardedMemoryValues):
         )
         table.fill(self.lookup.weight_RD, first_row)
         self.usage = SlotUsage(rows, device)
-        self._register(self.lookup.weight_RD, self.lookup.moment_R, Shard(0), Shard(0))
+        self._register(self.lookup.weight_RD, Shard(0), Shard(0))
 
     def bucketed(self, slots_ML: Tensor) -> tuple[Buckets, Tensor]:
         """The hits by owner, and their rows in that order [H] of `row_dtype`, local to the owner."""

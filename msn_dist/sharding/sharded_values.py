@@ -94,15 +94,18 @@ class ShardedMemoryValues(ShardedModule[Hits, Tensor, Tensor, ExchangeContext], 
         self._aside = Aside(device)
         self._mesh = DeviceMesh.from_group(group, device.type)
 
-    def _register(self, weight: Tensor, moment: Tensor, weight_at: Placement, moment_at: Placement) -> None:
-        """This rank's part of the table [n, D] and of its Adagrad state [n], and which part it is."""
+    def _register(self, weight: Tensor, weight_at: Placement, moment_at: Placement) -> None:
+        """This rank's part of the table [n, D], and which part it and the look-up's moments [n] are."""
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight._in_backward_optimizers = [EmptyFusedOptimizer()]  # for TorchRec's in_backward_optimizer_filter
-        self._fused_optimizer = ValueFusedOptimizer(
-            self.lookup,
-            weight=self._whole(weight, (self.slots, self.dim), weight_at),
-            moment=self._whole(moment, (self.slots,), moment_at),
-        )
+        shape, kept, state = (self.slots, self.dim), self.lookup.state, {}
+        if kept.moment_R is not None:
+            state["moment"] = self._whole(kept.moment_R, shape[:1], moment_at)
+        if kept.first_RD is not None:  # without what is beside the columns of the table
+            state["first_moment"] = self._whole(kept.first_RD[:, : weight.shape[1]], shape, weight_at)
+        if kept.steps is not None:
+            state["step"] = kept.steps
+        self._fused_optimizer = ValueFusedOptimizer(self.lookup, self._whole(weight, shape, weight_at), state)
 
     def _whole(self, local: Tensor, shape: tuple[int, ...], placement: Placement) -> DTensor:
         """`local` as a part of the whole tensor; blocks of ceil(size / W) are DTensor's own layout."""

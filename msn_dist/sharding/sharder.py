@@ -10,9 +10,9 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingEnv, ShardingType
 
 from msn_dist.memory.values import MemoryValues
-from msn_dist.sharding.lookup import ValueOptimizer
 from msn_dist.sharding.sharded_values import ShardedMemoryValues
 from msn_dist.sharding.strategies import shard_values
+from msn_dist.sharding.value_optimizer import ValueOptimizer
 
 
 class MemoryValuesSharder(ModuleSharder[MemoryValues]):

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from msn_dist.memory.values import MemoryValues
 from msn_dist.sharding.column import Column
 from msn_dist.sharding.local import Local
-from msn_dist.sharding.lookup import ValueOptimizer
 from msn_dist.sharding.replicated import Replicated
 from msn_dist.sharding.row_gather import RowGather, RowGatherUnique
 from msn_dist.sharding.row_pooled import RowPooled, RowPooledSparse
 from msn_dist.sharding.sharded_values import ShardedMemoryValues
 from msn_dist.sharding.two_level import TwoLevel
+from msn_dist.sharding.value_optimizer import ValueOptimizer
 
 STRATEGIES: dict[str, type[ShardedMemoryValues]] = {
     "row_pooled": RowPooled,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from msn_dist.kernels import ops
-from msn_dist.sharding.lookup import ValueOptimizer
+from msn_dist.sharding.value_optimizer import ValueOptimizer, ValueState
 
 if TYPE_CHECKING:
     from msn_dist.sharding.hits import Hits
@@ -35,7 +35,7 @@ class TritonLookup:
         self.optimizer = optimizer
         self.learning_rate = optimizer.learning_rate
         self.weight_RD = torch.empty(rows, dim, dtype=dtype, device=device)
-        self.moment_R = torch.zeros(rows, device=device)
+        self.state = ValueState.of(optimizer.kind, rows, dim, device)
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._seeds = None if dtype == torch.float32 else random.Random(seed)
 
@@ -44,13 +44,16 @@ class TritonLookup:
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
         of_weights = of_weights and hits.weights_H is not None
-        gradient_H = ops.sparse_adagrad_(
+        optimizer = self.optimizer
+        gradient_H = ops.sparse_update_(
             self.weight_RD,
-            self.moment_R,
+            self.state.moment_R,
+            self.state.first_RD,
             *_bags(hits),
             gradient_GD.contiguous(),
-            self.learning_rate,
-            self.optimizer.eps,
+            optimizer.kind,
+            [self.learning_rate, optimizer.eps, optimizer.beta1, optimizer.beta2],
+            self.state.next_step(),
             of_weights,
             None if self._seeds is None else self._seeds.getrandbits(31),
         )

@@ -19,10 +19,10 @@ from torchrec.distributed.types import LazyAwaitable
 
 from msn_dist.errors import InputError
 from msn_dist.memory.values import MemoryValues
-from msn_dist.sharding.lookup import ValueOptimizer
 from msn_dist.sharding.row_pooled import PooledContext, RowPooled
 from msn_dist.sharding.sharded_values import LazyLater
 from msn_dist.sharding.trip import Trip
+from msn_dist.sharding.value_optimizer import ValueOptimizer
 
 
 class TwoLevel(RowPooled):

@@ -1,7 +1,7 @@
 """Checkpoints by torch.distributed.checkpoint: written by all ranks, readable at any world size and with any strategy.
 
-A checkpoint holds tensors under flat names: ``model.`` parameters and tables, ``fused_optimizer.state.`` Adagrad
-accumulators of the tables, ``dense_optimizer.state.`` what AdamW keeps.
+A checkpoint holds tensors under flat names: ``model.`` parameters and tables, ``fused_optimizer.state.`` what the
+optimizers of the tables keep, ``dense_optimizer.state.`` what AdamW keeps.
 """
 
 from __future__ import annotations

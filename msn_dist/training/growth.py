@@ -1,6 +1,6 @@
 """A larger memory from a smaller one: a checkpoint with N sub-keys an axis becomes one with N' of them.
 
-An old sub-key keeps its index, so old slot (I, J) becomes slot I * N' + J, with the value and the Adagrad state it had.
+An old sub-key keeps its index, so old slot (I, J) becomes slot I * N' + J, with the value and optimizer state it had.
 New sub-key I' starts close to an old one, its parent I' mod N, and new slot (I', J') as a copy of slot (I' mod N,
 J' mod N).  So a query finds what it found before, but in several copies, which drift apart as training goes on.  If the
 copies were exact, (N' / N)^2 times the top_k would give the same output; with fewer, a query reads fewer old slots.

@@ -20,15 +20,23 @@ class Origin:
     """The best state of the run at `path`, model and optimizers, for a run of `config`.
 
     World size and strategy may differ, and the new run may have more memory.sub_keys: then the memory grows on the way.
-    Every method is a collective call.  InputError if there is no such state, or fewer sub-keys are asked for.
+    Every method is a collective call.  InputError if there is no such state, if fewer sub-keys are asked for, or if the
+    values have another optimizer, whose state would be missing.
     """
 
     def __init__(self, path: Path, config: RunConfig, ranks: Ranks) -> None:
         run = ranks.together(lambda: RunDirectory.open(path))
         self.path, self._ranks, self._seed = path.resolve(), ranks, config.seed
         self._checkpoint = ranks.together(run.existing_checkpoint)
-        self._old, self._new = ranks.together(run.config).memory, config.memory
+        old = ranks.together(run.config)
+        self._old, self._new = old.memory, config.memory
         self._grows = None not in (self._old, self._new) and self._old.sub_keys != self._new.sub_keys
+        kinds = [one.optimizer.values.kind for one in (old, config) if one.memory is not None]
+        if len(set(kinds)) > 1:
+            raise InputError(
+                f"optimizer.values.kind={kinds[1]}: {path} has the state of {kinds[0]}; "
+                f"set optimizer.values.kind={kinds[0]}"
+            )
         if self._grows and self._new.sub_keys < self._old.sub_keys:
             raise InputError(
                 f"memory.sub_keys={self._new.sub_keys}: {path} has {self._old.sub_keys}, and a memory can only grow"

@@ -11,7 +11,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from msn_dist.config import MemoryConfig, RunConfig
+from msn_dist.config import OptimizerConfig, RunConfig
 from msn_dist.data.schema import Schema
 from msn_dist.memory.placement import Placement, initial_values
 from msn_dist.memory.product_keys import choose_retrieval
@@ -35,7 +35,7 @@ def build_sharded_model(
     """
     if config.memory is not None:
         width = config.memory.value_dim or config.model.width
-        ranks.together(lambda: _require_back_ends(config.memory, width, ranks.device))
+        ranks.together(lambda: _require_back_ends(config, width, ranks.device))
     ranker = Ranker(schema, config.model, config.memory, seed=config.seed, device=torch.device("meta"))
     counts = count_parameters(ranker)
     adagrad = {
@@ -44,9 +44,7 @@ def build_sharded_model(
         "eps": 1e-8,
     }
     sharders = [
-        MemoryValuesSharder(
-            ValueOptimizer(config.optimizer.dense.lr * config.optimizer.values.multiplier), ranks.local_world
-        ),
+        MemoryValuesSharder(_value_optimizer(config.optimizer), ranks.local_world),
         EmbeddingBagCollectionSharder(fused_params=adagrad),
         EmbeddingCollectionSharder(fused_params=adagrad, use_index_dedup=False),
     ]
@@ -85,9 +83,16 @@ def memory_back_ends(model: DistributedModelParallel, device: torch.device) -> d
     return {}
 
 
-def _require_back_ends(memory: MemoryConfig, value_dim: int, device: torch.device) -> None:
+def _require_back_ends(config: RunConfig, value_dim: int, device: torch.device) -> None:
+    memory = config.memory
     choose_retrieval(memory.retrieval, device.type, memory.top_k, memory.sub_keys, memory.key_dim)
-    choose_lookup(memory.lookup, device, value_dim, VALUE_DTYPES[memory.value_dtype])
+    dtype, optimizer = VALUE_DTYPES[memory.value_dtype], config.optimizer.values.kind
+    choose_lookup(memory.lookup, device, value_dim, dtype, optimizer)
+
+
+def _value_optimizer(config: OptimizerConfig) -> ValueOptimizer:
+    values = config.values
+    return ValueOptimizer(config.dense.lr * values.multiplier, values.eps, values.kind, values.beta1, values.beta2)
 
 
 @torch.no_grad()
