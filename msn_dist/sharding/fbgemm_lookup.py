@@ -65,7 +65,7 @@ class FbgemmLookup:
 
     def _state(self) -> ValueState:
         """TBE's own tensors, and the number of steps, as TBE counts every read."""
-        kept = [of_table for (of_table,) in self._tbe.split_optimizer_states()]
+        kept = [state for of_table in self._tbe.split_optimizer_states() for state in of_table]  # there is one table
         match self.optimizer.kind:
             case "sgd":
                 return ValueState()
