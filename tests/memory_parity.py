@@ -195,7 +195,10 @@ def captured_weights(memory: Memory) -> Iterator[list[Tensor]]:
 def gathered(table: ShardedMemoryValues, what: str) -> Tensor:
     """The whole table, or its optimizer state, from the parts that the ranks say they hold."""
     optimizer = table.fused_optimizer
-    whole = optimizer.params["weight"] if what == "weight" else optimizer.state[optimizer.params["weight"]]["moment"]
+    if what == "weight":
+        whole = table.state_dict()["weight"]
+    else:
+        whole = optimizer.state[optimizer.params["weight"]]["moment"]
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, whole.to_local().detach().cpu())
     (placement,) = whole.placements

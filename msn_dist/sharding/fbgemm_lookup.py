@@ -5,7 +5,7 @@ Shape suffixes: R rows on this rank, D value width, G bags, H hits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
@@ -16,13 +16,13 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor
 
-from msn_dist.sharding.lookup import ValueOptimizer
+from msn_dist.sharding.lookup import OnDevice, ValueOptimizer
 
 if TYPE_CHECKING:
     from msn_dist.sharding.hits import Hits
 
 
-class FbgemmLookup:
+class FbgemmLookup(OnDevice):
     """FBGEMM's table-batched embedding (TBE) with one table, which updates its rows in its own backward.
 
     It rounds float16 at random by torch's global generator of the GPU.
@@ -37,10 +37,13 @@ class FbgemmLookup:
         optimizer: ValueOptimizer,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        location: EmbeddingLocation = EmbeddingLocation.DEVICE,
+        **placing: Any,
     ) -> None:
+        """`location` is that on a GPU, and `placing` what else TBE is told of it."""
         self.optimizer = optimizer
         on_cpu = device.type == "cpu"
-        location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
+        location = EmbeddingLocation.HOST if on_cpu else location
         compute = ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA
         self._tbe = SplitTableBatchedEmbeddingBagsCodegen(
             [(rows, dim, location, compute)],
@@ -49,6 +52,7 @@ class FbgemmLookup:
             optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
             learning_rate=optimizer.learning_rate,
             eps=optimizer.eps,
+            **placing,
         )
         (self.weight_RD,) = self._tbe.split_embedding_weights()
         ((self.moment_R,),) = self._tbe.split_optimizer_states()

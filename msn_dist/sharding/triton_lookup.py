@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from msn_dist.kernels import ops
-from msn_dist.sharding.lookup import ValueOptimizer
+from msn_dist.sharding.lookup import OnDevice, ValueOptimizer
 
 if TYPE_CHECKING:
     from msn_dist.sharding.hits import Hits
 
 
-class TritonLookup:
+class TritonLookup(OnDevice):
     """One pass over the hits forward, one backward that also steps the rows."""
 
     name = "triton"

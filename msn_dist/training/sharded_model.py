@@ -79,15 +79,17 @@ def sharded_memories(model: DistributedModelParallel) -> dict[str, ShardedMemory
 
 
 def memory_back_ends(model: DistributedModelParallel, device: torch.device) -> dict[str, str]:
-    """{"retrieval": name, "lookup": name}, the same in all memories; {} without one."""
+    """{"retrieval": name, "lookup": name}, the same in all memories, and "tier" if it is the host; {} without one."""
     for memory in model.module.memories().values():
-        return {"retrieval": memory.keys.back_end(device), "lookup": memory.values.lookup.name}
+        lookup = memory.values.lookup
+        tier = {"tier": lookup.tier} if lookup.tier != "device" else {}
+        return {"retrieval": memory.keys.back_end(device), "lookup": lookup.name, **tier}
     return {}
 
 
 def _require_back_ends(memory: MemoryConfig, value_dim: int, device: torch.device) -> None:
     choose_retrieval(memory.retrieval, device.type, memory.top_k, memory.sub_keys, memory.key_dim)
-    choose_lookup(memory.lookup, device, value_dim, VALUE_DTYPES[memory.value_dtype])
+    choose_lookup(memory.lookup, device, value_dim, VALUE_DTYPES[memory.value_dtype], memory.tier)
 
 
 @torch.no_grad()
