@@ -15,6 +15,7 @@ class Layout:
     wire: str = "fp32"
     value_dtype: str = "fp32"
     lookup: str = "fbgemm"  # never "auto": what it comes to on the planned device
+    tier: str = "device"
 
     @property
     def nodes(self) -> int:
