@@ -18,7 +18,7 @@ from msn_dist.config import MemoryConfig, TrainingConfig, parse
 from msn_dist.errors import InputError
 from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.sharding import lookup as lookups
-from msn_dist.sharding.cache_size import WAYS, cache_sets
+from msn_dist.sharding.cache_size import cache_sets
 from msn_dist.sharding.hits import Hits, offsets_of
 from msn_dist.sharding.lookup import Lookup, choose_lookup, make_lookup
 from msn_dist.sharding.strategies import STRATEGIES
@@ -36,15 +36,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Multiple backends are registered:UserWarning"),
 ]
 ROWS, DIM, BAGS, HITS = 2_000, 16, 96, 8
-CACHE = 0.03  # of ROWS: two sets of 32 rows, less than a step hits
+PINNED = 2**20  # rows, in fp32; FBGEMM is told to pin tables from 64 MiB on
+CACHED = 64  # rows: two sets, less than a step hits
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-def hits_of(step: int, rows_dtype: torch.dtype, uniform: bool) -> Hits:
+def hits_of(step: int, rows_dtype: torch.dtype = torch.int32, uniform: bool = True, rows: int = ROWS) -> Hits:
     """Some rows in every step, most in one; more distinct ones than the cache has room for."""
     generator = torch.Generator().manual_seed(step)
-    rows_H = (ROWS * torch.rand(BAGS * HITS, generator=generator) ** 3).to(rows_dtype)
-    assert len(rows_H.unique()) > 2 * WAYS * cache_sets(ROWS, CACHE)
+    rows_H = (rows * torch.rand(BAGS * HITS, generator=generator) ** 3).to(rows_dtype)
+    assert len(rows_H.unique()) > 2 * CACHED
     weights_H = torch.rand(BAGS * HITS, generator=generator)
     if uniform:
         return Hits.uniform(rows_H.to(GPU), weights_H.to(GPU), HITS)
@@ -52,10 +53,11 @@ def hits_of(step: int, rows_dtype: torch.dtype, uniform: bool) -> Hits:
     return Hits(rows_H.to(GPU), weights_H.to(GPU), offsets_of(lengths_G).to(GPU))
 
 
-def table(tier: str, dtype: torch.dtype) -> Lookup:
-    made = make_lookup("fbgemm", ROWS, DIM, OPTIMIZER, GPU, dtype, cache=CACHE if tier == "host" else None)
+def table(tier: str, dtype: torch.dtype = torch.float32, rows: int = ROWS) -> Lookup:
+    cache = CACHED / rows if tier == "host" else None
+    made = make_lookup("fbgemm", rows, DIM, OPTIMIZER, GPU, dtype, cache=cache)
     assert (made.name, made.tier) == ("fbgemm", tier)
-    made.weight_RD.copy_(torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(9)))
+    made.weight_RD.copy_(torch.randn(rows, DIM, generator=torch.Generator().manual_seed(9)))
     return made
 
 
@@ -65,21 +67,28 @@ def gradient(step: int) -> Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("value_dtype", "rows_dtype", "uniform"),
-    [("fp32", torch.int32, True), ("fp32", torch.int64, False), ("fp16", torch.int32, False)],
+    ("value_dtype", "rows_dtype", "uniform", "rows"),
+    [
+        ("fp32", torch.int32, True, ROWS),
+        ("fp32", torch.int64, False, ROWS),
+        ("fp16", torch.int32, False, ROWS),
+        ("fp32", torch.int32, False, PINNED),
+        ("fp16", torch.int32, True, 2 * PINNED),
+    ],
 )
 def test_three_steps_through_a_small_cache_are_those_on_the_device(
-    value_dtype: str, rows_dtype: torch.dtype, uniform: bool
+    value_dtype: str, rows_dtype: torch.dtype, uniform: bool, rows: int
 ) -> None:
     """Values of 16 bits are rounded by other random numbers: they are compared with those of 32, to three roundings."""
-    device, host = table("device", torch.float32), table("host", VALUE_DTYPES[value_dtype])
+    device, host = table("device", rows=rows), table("host", VALUE_DTYPES[value_dtype], rows)
+    assert len(host._tbe.lxu_cache_weights) == CACHED and host._tbe.uvm_host_mapped == (rows >= PINNED)
     exact = value_dtype == "fp32"
     device.weight_RD.copy_(host.weight_RD)  # as they were rounded at the start
     close = {"rtol": 1e-4, "atol": 1e-5} if exact else {"rtol": 0, "atol": 3 * torch.finfo(torch.float16).eps * 8}
     for step in range(3):
         found = []
         for one in (device, host):
-            hits = hits_of(step, rows_dtype, uniform)
+            hits = hits_of(step, rows_dtype, uniform, rows)
             pooled_GD = one.read(hits, update_follows=True)
             found.append([pooled_GD, one.update(hits, gradient(step)), one.moment_R.clone()])
         for number, (expected, got) in enumerate(zip(*found, strict=True)):
@@ -88,13 +97,13 @@ def test_three_steps_through_a_small_cache_are_those_on_the_device(
             torch.testing.assert_close(got, expected, **wider)
     host.settle()
     torch.testing.assert_close(host.weight_RD.float(), device.weight_RD, **close)
-    assert not torch.equal(host.weight_RD.float(), table("device", torch.float32).weight_RD)
+    assert not torch.equal(host.weight_RD.float(), table("device", rows=rows).weight_RD)
 
 
 @pytest.mark.gpu
 def test_the_rows_are_not_in_the_memory_of_the_gpu() -> None:
     before = torch.cuda.memory_allocated()
-    host = table("host", torch.float32)
+    host = table("host", rows=PINNED)
     assert host.weight_RD.is_cuda and host.moment_R.is_cuda  # the first is the host's memory, as the GPU sees it
     assert torch.cuda.memory_allocated() - before < host.weight_RD.nbytes / 2
 
@@ -103,8 +112,8 @@ def test_the_rows_are_not_in_the_memory_of_the_gpu() -> None:
 def test_a_read_between_a_look_up_and_its_update_changes_nothing() -> None:
     """It takes over the places in the cache that the look-up had."""
     found = []
-    for one in (table("device", torch.float32), table("host", torch.float32)):
-        first, second = (hits_of(step, torch.int32, uniform=True) for step in range(2))
+    for one in (table("device"), table("host")):
+        first, second = (hits_of(step) for step in range(2))
         read = [one.read(first, update_follows=True), one.read(second)]
         of_weights = one.update(first, gradient(0))
         again = one.read(second)
@@ -116,7 +125,7 @@ def test_a_read_between_a_look_up_and_its_update_changes_nothing() -> None:
 
 @pytest.mark.gpu
 def test_what_is_written_to_a_settled_table_is_what_is_read() -> None:
-    host, hits = table("host", torch.float32), Hits.uniform(torch.arange(40, dtype=torch.int32, device=GPU), None, 1)
+    host, hits = table("host"), Hits.uniform(torch.arange(40, dtype=torch.int32, device=GPU), None, 1)
     host.read(hits)
     host.settle()
     host.weight_RD.fill_(3.0)
@@ -129,6 +138,8 @@ def two_ranks(rank: int, world: int, folder: Path) -> None:
     ranks = Ranks(rank, world, 1, GPU, dist.group.WORLD, dist.group.WORLD)
     cases = [
         Case("more rows hit than cached", "uneven"),
+        Case("an empty local batch", "one empty"),
+        Case("owners without a hit", "uneven", sub_keys=20, heads=1, repeated=True),
         Case("rows go and come back", "even", sub_keys=64, heads=1, value_dim=8),
     ]
     for case in cases:
@@ -236,6 +247,9 @@ def test_the_host_tier_is_fbgemms_on_a_gpu_and_means_nothing_on_a_cpu(monkeypatc
         choose_lookup("auto", GPU, DIM, tier="host")
 
 
-@pytest.mark.parametrize(("rows", "share", "sets"), [(1, 0.1, 1), (320, 0.1, 1), (321, 1.0, 11), (2**31, 0.1, 6710887)])
+@pytest.mark.parametrize(
+    ("rows", "share", "sets"),
+    [(1, 0.1, 1), (320, 0.1, 1), (321, 1.0, 11), (2**31, 0.1, 6710887), (2**40, 0.1, 2**26 - 1)],
+)
 def test_a_cache_has_whole_sets(rows: int, share: float, sets: int) -> None:
     assert cache_sets(rows, share) == sets

@@ -1,10 +1,10 @@
 """The look-up of rows in the host's memory, by FBGEMM, with a cache of them on the GPU.
 
-The rows lie in pinned host memory, which the GPU reads and writes over its link; managed memory would hang a GPU whose
-tables are larger than it.  Before a look-up, the rows it hits that are not cached come into the cache, and the least
-recently used ones go back to make room.  The cache is set-associative: a row may lie in any of the 32 places of one
-set, and where a step hits more rows of a set, the others are read and stepped in the host's memory.  Nothing else
-changes: a row is stepped where it lies, with the same arithmetic.
+The rows lie in pinned host memory, which the GPU reads and writes over its link; managed memory, in which small tables
+lie, could hang a GPU with less of its own.  Before a look-up, the rows it hits that are not cached come into the cache,
+and the least recently used ones go back to make room.  The cache is set-associative: a row may lie in any of the 32
+places of one set, and where a step hits more rows of a set, the others are read and stepped in the host's memory.
+Nothing else changes: a row is stepped where it lies, with the same arithmetic.
 
 On the GPU lie the state of the optimizer (FBGEMM keeps what is one number a row there), the cache, 16 bytes for each of
 its places (which row, and when it was last used), and for every row of the table 4 bytes that say of which table it is.
@@ -31,6 +31,8 @@ from msn_dist.sharding.lookup import ValueOptimizer
 if TYPE_CHECKING:
     from msn_dist.sharding.hits import Hits
 
+_PINNED_FROM = 2**26  # bytes; blocks of less than half may share a page, which CUDA does not pin twice
+
 
 class CachedLookup(FbgemmLookup):
     """weight_RD is a tensor of the GPU whose memory is the host's; what the cache holds is newer."""
@@ -56,7 +58,7 @@ class CachedLookup(FbgemmLookup):
                 dtype,
                 EmbeddingLocation.MANAGED_CACHING,
                 cache_sets=cache_sets(rows, cache),  # by a load factor, it would shrink to what memory is free
-                uvm_host_mapped=True,
+                uvm_host_mapped=rows * dim * dtype.itemsize >= _PINNED_FROM,
             )
         self._latest: tuple | None = None
 
@@ -64,6 +66,9 @@ class CachedLookup(FbgemmLookup):
         pooled_GD = super().read(hits, update_follows)
         self._latest = hits.tape
         return pooled_GD
+
+    def _bags(self, hits: Hits) -> tuple[Tensor, Tensor]:
+        return hits.rows_H.long(), hits.offsets_G1  # FBGEMM's cache takes no int32
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
         if hits.tape is not self._latest:  # its places in the cache may have been given to rows of a later look-up

@@ -60,7 +60,7 @@ class FbgemmLookup(OnDevice):
 
     def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
         if not update_follows:
-            return self._tbe(hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype), hits.weights_H)
+            return self._tbe(*self._bags(hits), hits.weights_H)
         hits.tape = self._recorded(hits, of_weights=True)
         return hits.tape[1].detach()
 
@@ -68,7 +68,11 @@ class FbgemmLookup(OnDevice):
         """(weights_H, pooled_GD) whose graph leads to TBE's own backward."""
         with torch.enable_grad():
             weights_H = None if hits.weights_H is None else hits.weights_H.detach().requires_grad_(of_weights)
-            return weights_H, self._tbe(hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype), weights_H)
+            return weights_H, self._tbe(*self._bags(hits), weights_H)
+
+    def _bags(self, hits: Hits) -> tuple[Tensor, Tensor]:
+        """Rows and offsets, of one dtype."""
+        return hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype)
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
         weights_H, pooled_GD = hits.tape or self._recorded(hits, of_weights)
