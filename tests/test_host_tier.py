@@ -24,6 +24,7 @@ from msn_dist.sharding.lookup import Lookup, choose_lookup, make_lookup
 from msn_dist.sharding.strategies import STRATEGIES
 from msn_dist.training import checkpoint, run
 from msn_dist.training.checkpoint import load_checkpoint, read, write
+from msn_dist.training.host_memory import free_host_bytes, require_host_memory
 from msn_dist.training.ranks import Ranks, joined_ranks
 from msn_dist.training.run_directory import RunDirectory
 from msn_dist.training.trainer import Trainer
@@ -38,6 +39,7 @@ pytestmark = [
 ROWS, DIM, BAGS, HITS = 2_000, 16, 96, 8
 PINNED = 2**20  # rows, in fp32; FBGEMM is told to pin tables from 64 MiB on
 CACHED = 64  # rows: two sets, less than a step hits
+GIB = 2**30
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
@@ -245,6 +247,27 @@ def test_the_host_tier_is_fbgemms_on_a_gpu_and_means_nothing_on_a_cpu(monkeypatc
     monkeypatch.setattr(lookups, "_why_no_fbgemm", lambda: "FBGEMM is not installed")
     with pytest.raises(InputError, match="^memory.tier=host: FBGEMM is not installed; set memory.tier to device$"):
         choose_lookup("auto", GPU, DIM, tier="host")
+
+
+def test_a_host_without_room_for_the_values_and_their_copy_is_refused() -> None:
+    with pytest.raises(InputError, match="take 3 GiB of its memory, and as much again .* but 5 GiB is free; use more"):
+        require_host_memory(3 * GIB, free=5 * GIB)
+    for free in (6 * GIB, None):
+        require_host_memory(3 * GIB, free)
+
+
+def test_what_is_free_is_what_the_system_or_the_container_can_still_give(tmp_path: Path) -> None:
+    assert free_host_bytes(tmp_path) is None
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 100 kB\nMemAvailable: 70 kB\nHugePages_Total: 0\n")
+    assert free_host_bytes(tmp_path) == 70 * 1024
+    for limit, free in (("max", 70 * 1024), ("50000", 20_000)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.stat").write_text("anon 30000\nfile 999999\n")
+        assert free_host_bytes(tmp_path) == free
+    assert free_host_bytes() is None or free_host_bytes() > 0
 
 
 @pytest.mark.parametrize(
