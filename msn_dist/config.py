@@ -72,7 +72,7 @@ class MemoryConfig(Part):
         "auto", description="back end of the sharded table's lookup; auto: triton on a GPU, else fbgemm"
     )
     tier: Literal["device", "host"] = Field(
-        "device", description="where the values lie; host: in the host's memory, behind a cache on the GPU (README)"
+        "device", description="where the values lie; host: in the host's memory, behind a cache on the GPU"
     )
     cache: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.1, description="share of the rows that it has room for")
     retrieval: Literal["auto", "reference", "triton"] = Field(
