@@ -74,6 +74,10 @@ class MemoryConfig(Part):
     lookup: Literal["auto", "reference", "fbgemm", "triton"] = Field(
         "auto", description="back end of the sharded table's lookup; auto: triton on a GPU, else fbgemm"
     )
+    tier: Literal["device", "host"] = Field(
+        "device", description="where the values lie; host: in the host's memory, behind a cache on the GPU"
+    )
+    cache: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.1, description="share of the rows that it has room for")
     retrieval: Literal["auto", "reference", "triton"] = Field(
         "auto", description="back end of the search for slots; auto: triton on a GPU, else reference"
     )
@@ -81,6 +85,18 @@ class MemoryConfig(Part):
     def parts(self, tokens: int) -> int:
         """Groups of tokens that each have N^2 slots of their own in the table."""
         return {"all": 1, "group": self.groups or 1, "token": tokens}[self.share]
+
+    def why_no_host_tier(self) -> str | None:
+        """What keeps the values of this memory on the GPU, with the fix; None if they can lie in the host's memory."""
+        if self.lookup in ("reference", "triton"):
+            return f"only fbgemm has a cache on the GPU, and this is lookup: {self.lookup}; leave lookup out"
+        if self.value_dtype == "bf16":
+            return "FBGEMM stores no values of bf16; set value_dtype to fp32 or fp16"
+        if self.strategy in ("column", "replicated"):
+            return f"strategy: {self.strategy} steps rows past the cache; take a row strategy"
+        if self.chunks > 1:
+            return f"chunks={self.chunks} would read rows past the cache, for the gradients of weights; set chunks to 1"
+        return None
 
     @model_validator(mode="after")
     def _possible(self) -> MemoryConfig:
@@ -96,6 +112,8 @@ class MemoryConfig(Part):
                 f"lookup: {self.lookup} cannot serve strategy: {self.strategy}, whose optimizer step takes part of "
                 "every row from other ranks; leave lookup out"
             )
+        if self.tier == "host" and (reason := self.why_no_host_tier()):
+            raise ValueError(f"tier: host: {reason}, or leave tier out")
         if (self.groups is not None) != (self.share == "group"):
             raise ValueError("groups and share: group belong together; set both or neither")
         return self
@@ -266,6 +284,11 @@ class RunConfig(Part):
                 raise ValueError(f"block: {model.block} needs a memory section; add `memory: {{}}` for the defaults")
             if memory is not None and not model.carries_memory:
                 raise ValueError(f"memory is set, but block: {model.block} carries none; use msn_ffn or msn_smoe")
+        if memory is not None and memory.tier == "host" and self.optimizer.values.kind == "rowwise_adam":
+            raise ValueError(
+                "memory.tier: host has no cache for optimizer.values.kind: rowwise_adam, whose first moments are as "
+                "large as the values; take rowwise_adagrad or sgd, or leave tier out"
+            )
         if memory is not None:
             if memory.value_dim is None and model.width % 4:
                 raise ValueError(f"model.width={model.width} is not a multiple of 4, as values of that width need")

@@ -205,7 +205,7 @@ def captured_weights(memory: Memory) -> Iterator[list[Tensor]]:
 
 def gathered(table: ShardedMemoryValues, what: str) -> Tensor:
     """The whole table, or a part of its optimizer state, from the parts that the ranks say they hold."""
-    whole = table.fused_optimizer.params["weight"] if what == "weight" else state_of(table)[what]
+    whole = table.state_dict()["weight"] if what == "weight" else state_of(table)[what]
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (whole.to_local() if isinstance(whole, DTensor) else whole).detach().cpu())
     sharded_by = [place.dim for place in whole.placements if place.is_shard()] if isinstance(whole, DTensor) else []

@@ -26,6 +26,8 @@ class ValueSharding:
     strategy: str = "row_pooled"
     wire: str = "fp32"
     lookup: str = "auto"
+    tier: str = "device"
+    cache: float = 0.1
 
 
 class MemoryValues(nn.Module):

@@ -3,6 +3,7 @@
     an operator      max(its latency, size / rate of its kind at that size)
     a message        latency + what stays in the node / its bandwidth + what leaves it / that between nodes
     look-ups         hits of the busiest owner / rate for rows of that width
+    the host tier    rows that cross the host's link, in either direction / its bandwidth (`host_tier`)
     a phase          the sum of its parts; `hidden` is what other phases cover
 
 What is hidden: with `memory.chunks: c` on a GPU, up to (c - 1) / c of the exchange behind retrieval and look-up; the
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 from msn_dist.planner.dense_trace import Op, StepTrace
 from msn_dist.planner.exchange_work import Work, exchange_work
+from msn_dist.planner.host_tier import CacheStep
 from msn_dist.planner.layout import Layout
 from msn_dist.planner.load import Message, expected_bytes
 from msn_dist.planner.machine import Collective, Machine
@@ -28,6 +30,10 @@ from msn_dist.planner.storage import batch_bytes
 from msn_dist.planner.topology import Topology
 
 WAITING = "waiting for the host"
+ARRIVING, LEAVING = "rows from the host", "rows to the host"
+# time of FBGEMM's TBE over that of our kernels, which profiles of GPUs are of, to read and to update: medians of
+# benchmarks.kernels on an H200, which has 1.2 to 2.4 and 1.1 to 2.6
+_TBE = 1.7, 1.9
 _BUCKET = 25 * 2**20  # bytes of DistributedDataParallel's buckets
 _EXCHANGE_OPERATORS = 90  # that the host dispatches for the exchange of a memory, forward and backward
 _ID_OPERATORS = 90  # the same for TorchRec's modules
@@ -69,7 +75,7 @@ class StepTime:
         return sum(phase.exposed for phase in self.phases if phase.name in _OF_THE_EXCHANGE)
 
 
-_OF_THE_EXCHANGE = ("hits by owner", "hits there", "look-up", "sums home", "gradients", "update")
+_OF_THE_EXCHANGE = ("hits by owner", "hits there", "look-up", "sums home", "gradients", "update", ARRIVING, LEAVING)
 _BEFORE_THE_LOOK_UP = ("counts", "lengths", "hits", "rows")
 
 
@@ -99,7 +105,12 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
     operators = model.operators + _ID_OPERATORS
     if memories:
         load, chunks = situation.load, situation.memory.chunks
-        work = exchange_work(layout, load, situation.dim)
+        work, link = exchange_work(layout, load, situation.dim), (0.0, 0.0)
+        if layout.tier == "host":
+            cached = CacheStep.of(load, layout.world, work.read, situation.memory.cache)
+            work.cached = cached.hits
+            work.forward += cached.passes()
+            link = tuple(memories * rows * work.row_bytes for rows in (cached.arriving, cached.leaving))
         messages = memories * expected_bytes(
             layout.strategy,
             layout.world,
@@ -110,7 +121,13 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
             layout.optimizer,
         )
         phases.append(Phase("retrieval and gate", model.memory))
-        phases += _exchange(work, messages, memories, chunks, machine, topology)
+        slower = _TBE if layout.lookup == "fbgemm" and machine.kind == "cuda" else (1.0, 1.0)
+        phases += _exchange(work, messages, memories, chunks, slower, machine, topology)
+        names = (ARRIVING, LEAVING)
+        phases += [
+            Phase(name, size / machine.host_link.at(size) if size else 0.0)
+            for name, size in zip(names, link, strict=True)
+        ]
         operators += memories * chunks * _EXCHANGE_OPERATORS
     phases += [
         Phase("id tables", id_seconds),
@@ -177,9 +194,18 @@ def _retrieval_seconds(op: Op, machine: Machine) -> float:
 
 
 def _exchange(
-    work: Work, messages: Sequence[Message], memories: int, chunks: int, machine: Machine, topology: Topology
+    work: Work,
+    messages: Sequence[Message],
+    memories: int,
+    chunks: int,
+    slower: tuple[float, float],
+    machine: Machine,
+    topology: Topology,
 ) -> list[Phase]:
-    """The phases of all memories; messages are those of all of them."""
+    """The phases of all memories; messages are those of all of them.
+
+    `slower`: times of the look-up and of its update over those of the machine's profile.
+    """
 
     def times(number: float, rate: float) -> float:
         return memories * number / rate
@@ -194,8 +220,10 @@ def _exchange(
         sorting += times(work.distinct, machine.sort.at(work.distinct))
     reading = updating = 0.0
     if work.read:
-        reading = memories * machine.read_seconds(work.read, work.rows, work.row_bytes)
-        updating = memories * machine.update_seconds(work.read, work.rows, work.row_bytes)
+        reading = memories * slower[0] * machine.read_seconds(work.read, work.rows, work.row_bytes)
+        updating = memories * slower[1] * machine.update_seconds(work.read, work.rows, work.row_bytes)
+    if work.cached:
+        reading += times(work.cached, machine.sort.at(work.cached))
     forward, backward = (memories * passes_seconds(passes, machine) for passes in (work.forward, work.backward))
     there, home, again = [], [], []
     for message in messages:

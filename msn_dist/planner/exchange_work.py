@@ -28,6 +28,7 @@ class Work:
     read: float = 0.0  # hits looked up, each a row of `row_bytes`, and stepped in the backward
     rows: float = 0.0  # distinct ones among them
     row_bytes: float = 0.0
+    cached: float = 0.0  # hits among which a cache finds the distinct ones
     forward: list[float] = field(default_factory=list)  # bytes of each pass over device memory, read and written
     backward: list[float] = field(default_factory=list)
 

@@ -36,7 +36,8 @@ def _heading(plan: PlanFile) -> Table:
     lines.add_row("plan", f"{plan.config} on {plan.topology}: {ranks}, {nodes} x {plan.ranks_per_node}, {plan.machine}")
     if plan.memory is not None:
         memory = plan.memory
-        lines.add_row("memory", f"{memory.strategy}, values {memory.value_dtype}, wire {memory.wire}")
+        cached = f", {plan.settings['memory.cache']:.2g} cached" if memory.tier == "host" else ""
+        lines.add_row("memory", f"{memory.strategy}, values {memory.values}{cached}, wire {memory.wire}")
     lines.add_row("for", plan.demand)
     lines.add_row("because", plan.reason)
     return lines
@@ -48,13 +49,21 @@ def _memory(plan: PlanFile, rank: int) -> Table:
     table.add_column("memory")
     table.add_column(unit, justify="right")
     table.add_column("mean", justify="right")
-    for kind, bytes_W in plan.storage.items():
-        if max(bytes_W):
-            table.add_row(kind, _short(bytes_W[rank] / size), _short(sum(bytes_W) / len(bytes_W) / size))
-    total_W = plan.bytes_W
-    table.add_row("total", _short(total_W[rank] / size), _short(sum(total_W) / len(total_W) / size), style="bold")
+    _add_kinds(table, "", {kind: bytes_W for kind, bytes_W in plan.storage.items() if max(bytes_W)}, rank, size)
     table.add_row("may fill", _short(plan.capacity / size), "")
+    if plan.host_storage:
+        _add_kinds(table, "host: ", plan.host_storage, rank, size)
+        table.add_row("host: may fill", _short(plan.host_capacity / size), "")
     return table
+
+
+def _add_kinds(table: Table, prefix: str, storage: dict[str, list[int]], rank: int, size: int) -> None:
+    """Of the rank and on average, in units of `size` bytes."""
+    total_W = [sum(kinds) for kinds in zip(*storage.values(), strict=True)]
+    for kind, bytes_W in (storage | {"total": total_W}).items():
+        mean = sum(bytes_W) / len(bytes_W)
+        style = "bold" if kind == "total" else None
+        table.add_row(prefix + kind, _short(bytes_W[rank] / size), _short(mean / size), style=style)
 
 
 def _time(plan: PlanFile) -> Table:
@@ -87,8 +96,10 @@ def _rivals(plan: PlanFile) -> Table:
 
 
 def _name(rival: Rival, plan: PlanFile) -> str:
-    """Its strategy, and after a plus what else is rounded."""
+    """Its strategy, and what else is not as in the plan."""
     parts = [rival.memory.strategy]
+    if rival.memory.tier != plan.memory.tier:
+        parts.append(f"{rival.memory.tier} tier")
     if rival.memory.wire != plan.memory.wire:
         parts.append(rival.memory.wire)
     if rival.memory.value_dtype != plan.memory.value_dtype:

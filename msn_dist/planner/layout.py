@@ -18,6 +18,7 @@ class Layout:
     value_dtype: str = "fp32"
     lookup: str = "fbgemm"  # never "auto": what it comes to on the planned device
     optimizer: ValueOptimizerKind = "rowwise_adagrad"
+    tier: str = "device"
 
     @property
     def nodes(self) -> int:

@@ -42,6 +42,7 @@ from msn_dist.sharding.row_sharded import shard_of
 from msn_dist.sharding.wire import row_bytes
 
 _HOT, _PLACEMENTS = 2**12, 64  # slots that are placed one by one, at random, so many times
+_HALVINGS = 50  # of the time in which a cache fills
 _ALONE, _RATIO = 64, 1.05  # sub-keys with a bin of their own, and the width of the bins after them
 
 
@@ -120,6 +121,14 @@ class Load:
     def rows(self, ranks: int) -> float:
         """U(R)."""
         return _rows(self, ranks)
+
+    def missed_rows(self, ranks: int, places: int) -> float:
+        """Of the rows that so many ranks hit in a step, those that a cache of the last so many does not have.
+
+        sum of p (1 - p)^T, with T such that the sum of 1 - (1 - p)^T is `places` (`host_tier`); 0 if there is a place
+        for every row that is ever hit.
+        """
+        return _missed_rows(self, ranks, places)
 
     def owner_load(self, world: int, once: bool = False) -> float:
         """Hits on the busiest owner over the mean of a step; `once`: of the rows that ranks ask for, each once.
@@ -260,6 +269,24 @@ def zipf(count: int, exponent: float) -> Tensor:
 @lru_cache(maxsize=256)
 def _rows(load: Load, ranks: int) -> float:
     return float((load.slots_B * load._read_in(ranks * load.bags)).sum())
+
+
+@lru_cache(maxsize=64)
+def _missed_rows(load: Load, ranks: int, places: int) -> float:
+    if places >= int(load.slots_B[load.read_B > 0].sum()):
+        return 0.0
+    rate_B = -ranks * load.bags * torch.log1p(-load.read_B)  # (1 - p)^T = e^(-rate T)
+    shortest, longest = 0.0, 1.0
+
+    def cached(time: float) -> float:
+        return float((load.slots_B * -torch.expm1(-rate_B * time)).sum())
+
+    while cached(longest) < places:
+        shortest, longest = longest, 2 * longest
+    for _ in range(_HALVINGS):
+        time = (shortest + longest) / 2
+        shortest, longest = (time, longest) if cached(time) < places else (shortest, time)
+    return float((load.slots_B * -torch.expm1(-rate_B) * torch.exp(-rate_B * longest)).sum())
 
 
 @lru_cache(maxsize=32)

@@ -161,6 +161,28 @@ class _FbgemmStandIn:
         return gradient_H
 
 
+class _CachedStandIn(_FbgemmStandIn):
+    """What `sharding.cached_lookup` holds on a GPU: an estimate, as FBGEMM's buffers are many."""
+
+    def __init__(self, rows: int, dim: int, dtype: torch.dtype) -> None:
+        super().__init__(rows, dim, dtype)
+        self.rows = rows
+
+    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
+        count = len(hits.rows_H)
+        # int64 twice, and sorted with what a sort takes, to find the distinct rows
+        scratch = hits.rows_H.new_empty(16 * count + sorted_bytes(count, 2**32, self.dim), dtype=torch.uint8)
+        del scratch
+        pooled_GD = super().read(hits, update_follows)
+        self._last = *self._last, hits.rows_H.new_empty(count, dtype=torch.int32)  # places in the cache
+        return pooled_GD
+
+    def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
+        scratch = hits.rows_H.new_empty(sorted_bytes(len(hits.rows_H), self.rows, self.dim), dtype=torch.uint8)
+        del scratch
+        return super().update(hits, gradient_GD, of_weights)
+
+
 class _TritonStandIn:
     """What sharding.triton_lookup and its kernels hold."""
 
@@ -191,7 +213,11 @@ def _kernel_buckets(row_ML: Tensor, block: int, world: int) -> tuple[Buckets, Te
     return Buckets(order_H, torch.zeros(world, len(row_ML), dtype=torch.int64)), row_H
 
 
-_STAND_INS = {"fbgemm": _FbgemmStandIn, "triton": _TritonStandIn}
+_STAND_INS = {
+    ("fbgemm", "device"): _FbgemmStandIn,
+    ("fbgemm", "host"): _CachedStandIn,
+    ("triton", "device"): _TritonStandIn,
+}
 
 
 def bare_table(expected: Expected, dim: int, exchange: LoopbackExchange) -> ShardedMemoryValues:
@@ -220,7 +246,7 @@ def bare_table(expected: Expected, dim: int, exchange: LoopbackExchange) -> Shar
     else:
         values.block = rows = expected.block
         values.row_dtype = torch.int32 if rows < 2**31 else torch.int64
-        stand_in = _STAND_INS.get(layout.lookup)
+        stand_in = _STAND_INS.get((layout.lookup, layout.tier))
         values.lookup = stand_in(rows, dim, dtype) if stand_in else ReferenceLookup(rows, dim, optimizer, device, dtype)
         if layout.lookup == "triton":
             values.bucketed = lambda slots_ML: _kernel_buckets(

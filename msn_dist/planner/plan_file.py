@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from msn_dist.config import MemoryConfig, Part, RunConfig, parse
 from msn_dist.errors import InputError
 
-_FREE = {"memory.strategy", "memory.wire", "memory.value_dtype"}  # what the plan itself decides
+_FREE = {"memory.strategy", "memory.wire", "memory.value_dtype", "memory.tier"}  # what the plan itself decides
 
 
 Count = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -23,6 +23,12 @@ class PlannedMemory(Part):
     strategy: str
     wire: str
     value_dtype: str
+    tier: str = "device"
+
+    @property
+    def values(self) -> str:
+        """What they are stored as, and where if it is not on the device."""
+        return self.value_dtype if self.tier == "device" else f"{self.value_dtype} in host memory"
 
 
 class PlannedTable(Part):
@@ -67,6 +73,8 @@ class PlanFile(Part):
     id_tables: dict[str, dict[str, PlannedTable]]  # by module and table
     capacity: int  # bytes that a rank may fill
     storage: dict[str, list[int]]  # bytes of each rank, by kind
+    host_capacity: int = 0  # bytes of its host that a rank may fill
+    host_storage: dict[str, list[int]] = {}  # bytes of its host of each rank, by kind; empty in the device tier
     phases: list[PlannedPhase]
     owner_load: float  # of the busiest owner over the mean
     reason: str
@@ -81,7 +89,8 @@ class PlanFile(Part):
                     raise ValueError(f"id table {name}: a whole table has a rank, one by rows has none")
                 if table.rank is not None and table.rank >= self.world_size:
                     raise ValueError(f"id table {name} is on rank {table.rank} of {self.world_size}")
-        if not self.storage or any(len(bytes_W) != self.world_size for bytes_W in self.storage.values()):
+        every = *self.storage.values(), *self.host_storage.values()
+        if not self.storage or any(len(bytes_W) != self.world_size for bytes_W in every):
             raise ValueError(f"storage must have the bytes of {self.world_size} ranks for every kind")
         if not self.seconds > 0:
             raise ValueError("the phases take no time")

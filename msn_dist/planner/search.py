@@ -1,5 +1,7 @@
 """Prices every layout of a situation, and chooses: the fastest that fits, without a change of the numbers.
 
+A layout is a strategy, what values are stored and travel as, and the memory that they lie in.
+
 Layouts that round more than the config says (16 bits a value, 16 or 8 on the wire) are priced as well, and chosen if
 that is allowed.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import get_args
 
 from msn_dist.config import Strategy
@@ -31,7 +34,8 @@ class Priced:
     layout: Layout
     time: StepTime
     storage_W: list[Storage]  # of each rank
-    capacity: int  # bytes that a rank may fill
+    capacity: int  # bytes that a rank may fill of its device
+    host_capacity: int  # and of its host
 
     @property
     def fullest(self) -> int:
@@ -39,9 +43,19 @@ class Priced:
         return max(storage.total for storage in self.storage_W)
 
     @property
+    def host(self) -> int:
+        """Bytes of the host of the rank with most; 0 in the device tier."""
+        return max(storage.host.total for storage in self.storage_W)
+
+    @property
+    def short_of_host(self) -> int:
+        """Bytes of the host that the fullest rank lacks."""
+        return max(0, self.host - self.host_capacity)
+
+    @property
     def short(self) -> int:
-        """Bytes that the fullest rank lacks; 0 if it fits."""
-        return max(0, self.fullest - self.capacity)
+        """Bytes that the fullest rank lacks of its device and its host; 0 if it fits."""
+        return max(0, self.fullest - self.capacity) + self.short_of_host
 
 
 class Search:
@@ -58,10 +72,16 @@ class Search:
         self.trace = _traced(situation, {} if traces is None else traces)
         self.layouts = list(self._layouts()) if situation.memory else [situation.bare_layout]
         if ids is None:
-            totals = (self._storage_W(layout, []) for layout in self.layouts if self.exact(layout))
-            without = min(max(storage.total for storage in storage_W) for storage_W in totals)
-            nothing_fits = without > situation.topology.device_bytes
-            ids = IdPlan([], 0.0) if nothing_fits else place_ids(situation, without)
+            capacity = situation.topology.device_bytes
+            totals = {
+                layout: max(storage.total for storage in self._storage_W(layout, []))
+                for layout in self.layouts
+                if self.exact(layout)
+            }
+            on_device = min(total for layout, total in totals.items() if layout.tier == "device")
+            # the host tier leaves more room, which is not to crowd out the layouts without it
+            without = on_device if on_device <= capacity else min(totals.values())
+            ids = IdPlan([], 0.0) if without > capacity else place_ids(situation, without)
         self.ids = ids
         self._model = ModelTime.of(self.trace, situation.machine)
         self._times = {layout: step_time(situation, layout, self._model, ids.seconds) for layout in self.layouts}
@@ -86,14 +106,15 @@ class Search:
 
     def _price(self, layout: Layout) -> Priced:
         storage_W = self._storage_W(layout, self.ids.tables)
-        return Priced(layout, self._times[layout], storage_W, self.situation.topology.device_bytes)
+        topology = self.situation.topology
+        return Priced(layout, self._times[layout], storage_W, topology.device_bytes, topology.host_bytes)
 
     def exact(self, layout: Layout) -> bool:
         """Whether the numbers are those of the config."""
         memory = self.situation.memory
         return memory is None or (layout.wire, layout.value_dtype) == (memory.wire, memory.value_dtype)
 
-    def seconds_over_ranks(self) -> dict[str, list[list[float]]]:
+    def seconds_over_ranks(self, tier: str) -> dict[str, list[list[float]]]:
         """{strategy: [[ranks, seconds a step], ...]} on more and fewer nodes, with as many rows a rank."""
         here, memory = self.situation, self.situation.memory
         curves: dict[str, list[list[float]]] = {}
@@ -103,8 +124,8 @@ class Search:
             config = here.config.model_copy(update={"data": data})
             there = Situation(config, here.schema, topology, here.machine, here.popularity)
             for strategy in get_args(Strategy) if memory else ():
-                if _why_not(there, strategy) is None:
-                    layout = there.layout(strategy, memory.wire, memory.value_dtype)
+                if _why_not(there, strategy) is None and tier in _tiers(there, strategy, memory.value_dtype):
+                    layout = there.layout(strategy, memory.wire, memory.value_dtype, tier)
                     seconds = step_time(there, layout, self._model, self.ids.seconds).seconds
                     curves.setdefault(strategy, []).append([topology.world, seconds])
         return curves
@@ -123,13 +144,19 @@ class Search:
         dtypes = _NARROWER[memory.value_dtype] if memory.lookup != "fbgemm" else (memory.value_dtype,)
         for strategy in possible:
             for dtype in dtypes:
-                for wire in wires:
-                    yield self.situation.layout(strategy, wire, dtype)
+                for wire, tier in product(wires, _tiers(self.situation, strategy, dtype)):
+                    yield self.situation.layout(strategy, wire, dtype, tier)
 
     def _storage_W(self, layout: Layout, tables: list) -> list[Storage]:
         situation = self.situation
         distinct = None if situation.memory is None else round(situation.load.rows(1))
         return rank_storage(situation.config, situation.schema, layout, self.trace, tables, distinct)
+
+
+def _tiers(situation: Situation, strategy: str, value_dtype: str) -> tuple[str, ...]:
+    """Where the values may lie: for the numbers it is the same."""
+    reason = situation.why_no_host_tier(strategy=strategy, value_dtype=value_dtype)
+    return ("device",) if reason else ("device", "host")
 
 
 def _why_not(situation: Situation, strategy: str) -> str | None:

@@ -11,6 +11,7 @@ from msn_dist.config import MemoryConfig, RunConfig, ValueOptimizerKind
 from msn_dist.data.schema import Schema
 from msn_dist.errors import InputError
 from msn_dist.memory.values import VALUE_DTYPES
+from msn_dist.planner.host_tier import cache_bytes
 from msn_dist.planner.layout import Layout
 from msn_dist.planner.load import Load
 from msn_dist.planner.machine import Machine
@@ -125,11 +126,25 @@ class Situation:
 
     @property
     def least_table_bytes(self) -> int:
-        """Values and optimizer state of all tables on a rank, if they are cut evenly."""
+        """Values, or their cache, and optimizer state of all tables on a rank's device, if they are cut evenly."""
         if self.memory is None:
             return 0
-        row = self.dim * VALUE_DTYPES[self.memory.value_dtype].itemsize + state_bytes(self.optimizer, self.dim)
-        return self.memories * self.slots * row // self.topology.world
+        row = self.dim * VALUE_DTYPES[self.memory.value_dtype].itemsize
+        rows = self.slots // self.topology.world
+        values = rows * row
+        if self.why_no_host_tier() is None:
+            values = min(values, cache_bytes(rows, row, self.memory.cache))
+        return self.memories * (values + rows * state_bytes(self.optimizer, self.dim))
+
+    def why_no_host_tier(self, **changed: str) -> str | None:
+        """Why the values cannot lie in the host's memory, with these settings of the memory changed, or None."""
+        if self.machine.kind == "cpu":
+            return "all memory of a CPU is the host's"
+        if self.topology.host_gib is None:
+            return "the topology has no host_gib"
+        if self.optimizer == "rowwise_adam":
+            return "optimizer.values.kind: rowwise_adam has a state as large as the values"
+        return self.memory.model_copy(update=changed).why_no_host_tier()
 
     @cached_property
     def load(self) -> Load | None:
@@ -145,14 +160,16 @@ class Situation:
         """Of a model without memory."""
         return Layout(self.topology.world, self.topology.ranks_per_node, strategy="row_pooled")
 
-    def layout(self, strategy: str, wire: str, value_dtype: str) -> Layout:
+    def layout(self, strategy: str, wire: str, value_dtype: str, tier: str = "device") -> Layout:
         """With the look-up that it comes to on these devices."""
         lookup = self.memory.lookup
-        if strategy in ("column", "replicated"):
+        if tier == "host":
+            lookup = "fbgemm"
+        elif strategy in ("column", "replicated"):
             lookup = "reference"
         elif lookup == "auto" and self.machine.kind == "cuda":
             lookup = "triton" if self.dim <= 4096 else "fbgemm"
         elif lookup == "auto":
             lookup = "fbgemm" if value_dtype == "fp32" and self.optimizer != "rowwise_adam" else "reference"
-        names = strategy, wire, value_dtype, lookup, self.optimizer
+        names = strategy, wire, value_dtype, lookup, self.optimizer, tier
         return Layout(self.topology.world, self.topology.ranks_per_node, *names)

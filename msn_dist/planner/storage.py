@@ -1,4 +1,6 @@
-"""Bytes of device memory that a training run takes on each rank, by kind, from the configuration alone.
+"""Bytes of memory that a training run takes on each rank, by kind, from the configuration alone.
+
+They are the device's; of the host's memory only what values that lie there take is counted.
 
 What stays between steps is counted by formula; what a step needs at its peak comes from a trace of the model
 (`dense_trace`) and of the exchange (`exchange_storage`), which never make a tensor.
@@ -22,6 +24,7 @@ from msn_dist.config import RunConfig
 from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.planner.dense_trace import LookUp, Span, StepTrace
 from msn_dist.planner.exchange_storage import ExchangeBytes, exchange_bytes
+from msn_dist.planner.host_tier import cache_bytes
 from msn_dist.planner.layout import Layout
 from msn_dist.sharding.value_optimizer import state_bytes
 
@@ -35,10 +38,23 @@ _FRAGMENTATION = 0.05  # of what a step allocates, on a GPU: the caching allocat
 
 
 @dataclass(frozen=True)
-class Storage:
-    """Bytes on one rank, by kind."""
+class HostStorage:
+    """Bytes of its host's memory that a rank takes because its values lie there; of other tiers nothing is counted."""
 
-    values: int  # of all memories
+    values: int = 0  # of all memories
+    checkpoint: int = 0  # the copy that is written in the background: parameters, tables, and all optimizers' state
+
+    @property
+    def total(self) -> int:
+        return self.values + self.checkpoint
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of one rank's device, by kind."""
+
+    values: int  # of all memories; 0 where they lie in the host's memory
+    cache: int  # of such values
     value_state: int  # of their optimizer
     usage: int  # counters of hits
     id_tables: int
@@ -49,6 +65,7 @@ class Storage:
     batch: int
     activations: int  # at the peak of a step, with what the exchange and the optimizer need then
     margin: int  # fragmentation; 0 on a CPU
+    host: HostStorage  # beside all these
 
     @property
     def allocated(self) -> int:
@@ -56,8 +73,13 @@ class Storage:
         return self.total - self.margin
 
     @property
+    def kinds(self) -> dict[str, int]:
+        """By name, without the host's."""
+        return {kind.name: getattr(self, kind.name) for kind in fields(self) if kind.name != "host"}
+
+    @property
     def total(self) -> int:
-        return sum(getattr(self, kind.name) for kind in fields(self))
+        return sum(self.kinds.values())
 
 
 def rank_storage(
@@ -85,20 +107,26 @@ def rank_storage(
         memories = sum(look_up.kind == "memory" for look_up in trace.look_ups)
         kept, peak = steps[dims_W[rank]]
         activations = kept + peak + (_WORKSPACES if on_gpu else 0)
-        itemsize = VALUE_DTYPES[layout.value_dtype].itemsize
+        row_bytes = width * VALUE_DTYPES[layout.value_dtype].itemsize
+        values, on_host = memories * value_rows * row_bytes, layout.tier == "host"
+        saved = dict(
+            value_state=memories * state_rows * state_bytes(layout.optimizer, width),
+            id_tables=sum(t.rows_per_rank[rank] * t.dim * 4 for t in ids),
+            id_state=sum(t.rows_per_rank[rank] * 4 for t in ids),
+            dense_parameters=dense,
+            dense_state=2 * dense + 4 * len(trace.parameters),
+        )
         storages.append(
             Storage(
-                values=memories * value_rows * width * itemsize,
-                value_state=memories * state_rows * state_bytes(layout.optimizer, width),
+                values=0 if on_host else values,
+                cache=memories * cache_bytes(value_rows, row_bytes, config.memory.cache) if on_host else 0,
                 usage=memories * counted_rows * _USAGE,
-                id_tables=sum(t.rows_per_rank[rank] * t.dim * 4 for t in ids),
-                id_state=sum(t.rows_per_rank[rank] * 4 for t in ids),
-                dense_parameters=dense,
                 dense_gradients=dense,
-                dense_state=2 * dense + 4 * len(trace.parameters),
                 batch=batch_bytes(schema, trace.rows),
                 activations=activations,
                 margin=int(_FRAGMENTATION * activations) if on_gpu else 0,
+                host=HostStorage(values, values + sum(saved.values())) if on_host else HostStorage(),
+                **saved,
             )
         )
     return storages

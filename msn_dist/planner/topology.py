@@ -42,6 +42,9 @@ class Topology(Part):
     nodes: PositiveInt = 1
     ranks_per_node: PositiveInt
     device_gib: Positive = Field(description="memory that a rank may fill, of its GPU or of its share of the host")
+    host_gib: Positive | None = Field(
+        None, description="memory of its host that a GPU's rank may fill; null: no values are planned to lie there"
+    )
     inside_node: Link | None = Field(None, description="between ranks of a node; null: as the profile has it")
     between_nodes: Link | None = Field(None, description="of one rank to other nodes; needed for more than one node")
 
@@ -52,6 +55,10 @@ class Topology(Part):
     @property
     def device_bytes(self) -> int:
         return int(self.device_gib * 2**30)
+
+    @property
+    def host_bytes(self) -> int:
+        return int((self.host_gib or 0) * 2**30)
 
 
 def load_topology(path: str | Path) -> Topology:

@@ -91,7 +91,7 @@ def tuned_table(found: list[Tuned]) -> Table:
             str(memory.sub_keys),
             str(memory.top_k),
             str(here.dim),
-            priced.layout.value_dtype,
+            priced.layout.value_dtype + (" host" if priced.layout.tier == "host" else ""),
             str(here.topology.world),
             str(here.rows),
             priced.layout.strategy,

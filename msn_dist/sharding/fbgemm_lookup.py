@@ -5,7 +5,7 @@ Shape suffixes: R rows on this rank, D value width, G bags, H hits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
@@ -16,6 +16,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor
 
+from msn_dist.sharding.lookup import OnDevice
 from msn_dist.sharding.value_optimizer import ValueOptimizer, ValueState, no_steps
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _OPTIMIZERS = {
 }
 
 
-class FbgemmLookup:
+class FbgemmLookup(OnDevice):
     """FBGEMM's table-batched embedding (TBE) with one table, which updates its rows in its own backward.
 
     It rounds float16 at random by torch's global generator of the GPU.
@@ -44,10 +45,13 @@ class FbgemmLookup:
         optimizer: ValueOptimizer,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        location: EmbeddingLocation = EmbeddingLocation.DEVICE,
+        **placing: Any,
     ) -> None:
+        """`location` is that on a GPU, and `placing` what else TBE is told of it."""
         self.optimizer = optimizer
         on_cpu = device.type == "cpu"
-        location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
+        location = EmbeddingLocation.HOST if on_cpu else location
         compute = ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA
         self._tbe = SplitTableBatchedEmbeddingBagsCodegen(
             [(rows, dim, location, compute)],
@@ -58,6 +62,7 @@ class FbgemmLookup:
             eps=optimizer.eps,
             beta1=optimizer.beta1,
             beta2=optimizer.beta2,
+            **placing,
         )
         (self.weight_RD,) = self._tbe.split_embedding_weights()
         self.state = self._state()
@@ -77,7 +82,7 @@ class FbgemmLookup:
 
     def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
         if not update_follows:
-            return self._tbe(hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype), hits.weights_H)
+            return self._tbe(*self._bags(hits), hits.weights_H)
         hits.tape = self._recorded(hits, of_weights=True)
         return hits.tape[1].detach()
 
@@ -88,7 +93,11 @@ class FbgemmLookup:
                 counter.fill_(int(self.state.steps))
         with torch.enable_grad():
             weights_H = None if hits.weights_H is None else hits.weights_H.detach().requires_grad_(of_weights)
-            return weights_H, self._tbe(hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype), weights_H)
+            return weights_H, self._tbe(*self._bags(hits), weights_H)
+
+    def _bags(self, hits: Hits) -> tuple[Tensor, Tensor]:
+        """Rows and offsets, of one dtype."""
+        return hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype)
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
         weights_H, pooled_GD = hits.tape or self._recorded(hits, of_weights)

@@ -33,6 +33,7 @@ class Lookup(Protocol):
     """
 
     name: str  # as in MemoryConfig.lookup
+    tier: str  # as in MemoryConfig.tier: where weight_RD lies
     weight_RD: Tensor  # float32, bfloat16 or float16
     state: ValueState
     anchor: Tensor  # requires a gradient, so that backward comes here even if no weight does
@@ -48,8 +49,21 @@ class Lookup(Protocol):
 
     def set_learning_rate(self, learning_rate: float) -> None: ...
 
+    def settle(self) -> None:
+        """To be called before weight_RD is read or written past the look-up."""
+        ...
 
-class ReferenceLookup:
+
+class OnDevice:
+    """Of look-ups that have no other copy of a row than that in weight_RD."""
+
+    tier = "device"
+
+    def settle(self) -> None:
+        """Nothing to do."""
+
+
+class ReferenceLookup(OnDevice):
     """PyTorch only; the gradient of the values exists for the touched rows alone.
 
     `mean_square` maps gradient_XD to the mean squares [X] that row-wise moments are made of: where a rank holds some
@@ -141,10 +155,12 @@ def choose_lookup(
     dim: int,
     dtype: torch.dtype = torch.float32,
     optimizer: ValueOptimizerKind = "rowwise_adagrad",
+    tier: str = "device",
 ) -> str:
     """Which of LOOKUPS serves rows of `dim` values of `dtype` on `device`; `kind` is one of them or "auto".
 
-    auto is triton on a GPU that its kernels run on, else fbgemm, or reference where that cannot.
+    auto is triton on a GPU that its kernels run on, else fbgemm, or reference where that cannot.  On a GPU the host
+    `tier` is fbgemm's alone.
     Raises InputError if `kind` cannot run here.
     """
     too_wide = f"the kernels take values up to {_WIDEST} wide, and these are {dim}" if dim > _WIDEST else None
@@ -152,6 +168,10 @@ def choose_lookup(
         "triton": why_no_triton(device) or too_wide,
         "fbgemm": _why_no_fbgemm() or _why_not_in_fbgemm(dtype, device, optimizer),
     }
+    if tier == "host" and device.type == "cuda":
+        if reason := reasons["fbgemm"]:
+            raise InputError(f"memory.tier=host: {reason}; set memory.tier to device")
+        return "fbgemm"
     if kind == "auto":
         on_gpu = device.type == "cuda" and not interpreted()
         if on_gpu and reasons["triton"] is None:
@@ -170,16 +190,22 @@ def make_lookup(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    cache: float | None = None,
 ) -> Lookup:
     """The look-up that `choose_lookup` names, over `rows` rows of width `dim` whose values are yet to be filled in.
 
-    `seed` is that of random rounding.
+    `seed` is that of random rounding.  On a GPU `cache` is the share of the rows that it caches, while all lie in the
+    memory of the host; None: they lie on the device.
     """
-    match choose_lookup(kind, device, dim, dtype, optimizer.kind):
+    match choose_lookup(kind, device, dim, dtype, optimizer.kind, "device" if cache is None else "host"):
         case "triton":
             from msn_dist.sharding.triton_lookup import TritonLookup
 
             return TritonLookup(rows, dim, optimizer, device, dtype, seed)
+        case "fbgemm" if cache is not None and device.type == "cuda":
+            from msn_dist.sharding.cached_lookup import CachedLookup
+
+            return CachedLookup(rows, dim, optimizer, device, dtype, cache)
         case "fbgemm":
             from msn_dist.sharding.fbgemm_lookup import FbgemmLookup
 

@@ -28,8 +28,10 @@ class RowSharded(ShardedMemoryValues):
         super().__init__(table, group, device)
         self.block, first_row, rows = shard_of(self.slots, self.exchange.world, self.exchange.rank)
         self.row_dtype = torch.int32 if self.block < 2**31 else torch.int64
+        sharding = table.sharding
+        cache = sharding.cache if sharding.tier == "host" else None
         self.lookup = make_lookup(
-            table.sharding.lookup, rows, self.dim, optimizer, device, table.weight.dtype, table.seed
+            sharding.lookup, rows, self.dim, optimizer, device, table.weight.dtype, table.seed, cache
         )
         table.fill(self.lookup.weight_RD, first_row)
         self.usage = SlotUsage(rows, device)

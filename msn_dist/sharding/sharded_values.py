@@ -183,7 +183,11 @@ class ShardedMemoryValues(ShardedModule[Hits, Tensor, Tensor, ExchangeContext], 
         yield (f"{prefix}.weight" if prefix else "weight"), self.weight
 
     def state_dict(self, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
-        """{"weight": DTensor [n, D]}, sharing memory with the table; the same for every strategy."""
+        """{"weight": DTensor [n, D]}, sharing memory with the table; the same for every strategy.
+
+        It is to be used before the next look-up, which may move rows into a cache.
+        """
+        self.lookup.settle()
         destination = {} if destination is None else destination
         destination[f"{prefix}weight"] = self._fused_optimizer.params["weight"]
         return destination
@@ -192,5 +196,6 @@ class ShardedMemoryValues(ShardedModule[Hits, Tensor, Tensor, ExchangeContext], 
         if "weight" not in state_dict:
             return _IncompatibleKeys(["weight"], [])
         loaded = state_dict["weight"]
+        self.lookup.settle()
         self.weight.data.copy_(loaded.to_local() if isinstance(loaded, DTensor) else loaded)
         return _IncompatibleKeys([], [key for key in state_dict if key != "weight"])

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from msn_dist.kernels import ops
+from msn_dist.sharding.lookup import OnDevice
 from msn_dist.sharding.value_optimizer import ValueOptimizer, ValueState
 
 if TYPE_CHECKING:
     from msn_dist.sharding.hits import Hits
 
 
-class TritonLookup:
+class TritonLookup(OnDevice):
     """One pass over the hits forward, one backward that also steps the rows."""
 
     name = "triton"

@@ -61,6 +61,8 @@ def train(config: RunConfig, run_path: Path, init: Path | None = None, plan_path
             if trainer.back_ends:
                 chosen = ", ".join(f"{part} {name}" for part, name in trainer.back_ends.items())
                 console.say(f"memory back ends: {chosen}")
+            if config.memory is not None and config.memory.tier == "host" and ranks.device.type == "cpu":
+                console.say("note: memory.tier=host: on a CPU all memory is the host's, so this changes nothing")
             if origin is not None:
                 console.say(str(origin))
             trainer.fit(console, keep_start=origin is not None)

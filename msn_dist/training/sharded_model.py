@@ -22,6 +22,7 @@ from msn_dist.planner import Plan, make_plan
 from msn_dist.planner.plan_file import PlanFile
 from msn_dist.sharding import MemoryValuesSharder, ShardedMemoryValues, ValueOptimizer
 from msn_dist.sharding.lookup import choose_lookup
+from msn_dist.training.host_memory import free_host_bytes, require_host_memory
 from msn_dist.training.ranks import Ranks
 
 
@@ -31,13 +32,16 @@ def build_sharded_model(
     """(model over all ranks, its plan, its parameter counts); the same start at every world size.
 
     `planned` says where the id tables lie; of memories `config` says it.  Raises InputError, on every rank, if a back
-    end of the memory cannot run on one of them.
+    end of the memory cannot run on one of them, or a host has no room for the values that are to lie there.
     """
     if config.memory is not None:
         width = config.memory.value_dim or config.model.width
         ranks.together(lambda: _require_back_ends(config, width, ranks.device))
     ranker = Ranker(schema, config.model, config.memory, seed=config.seed, device=torch.device("meta"))
     counts = count_parameters(ranker)
+    if config.memory is not None and config.memory.tier == "host" and ranks.device.type == "cuda":
+        values = sum(memory.values.weight.nbytes for memory in ranker.memories().values())
+        ranks.together(lambda: require_host_memory(values * ranks.local_world // ranks.world, free_host_bytes()))
     adagrad = {
         "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         "learning_rate": config.optimizer.ids.lr,
@@ -77,9 +81,11 @@ def sharded_memories(model: DistributedModelParallel) -> dict[str, ShardedMemory
 
 
 def memory_back_ends(model: DistributedModelParallel, device: torch.device) -> dict[str, str]:
-    """{"retrieval": name, "lookup": name}, the same in all memories; {} without one."""
+    """{"retrieval": name, "lookup": name}, the same in all memories, and "tier" if it is the host; {} without one."""
     for memory in model.module.memories().values():
-        return {"retrieval": memory.keys.back_end(device), "lookup": memory.values.lookup.name}
+        lookup = memory.values.lookup
+        tier = {"tier": lookup.tier} if lookup.tier != "device" else {}
+        return {"retrieval": memory.keys.back_end(device), "lookup": lookup.name, **tier}
     return {}
 
 
@@ -87,7 +93,7 @@ def _require_back_ends(config: RunConfig, value_dim: int, device: torch.device) 
     memory = config.memory
     choose_retrieval(memory.retrieval, device.type, memory.top_k, memory.sub_keys, memory.key_dim)
     dtype, optimizer = VALUE_DTYPES[memory.value_dtype], config.optimizer.values.kind
-    choose_lookup(memory.lookup, device, value_dim, dtype, optimizer)
+    choose_lookup(memory.lookup, device, value_dim, dtype, optimizer, memory.tier)
 
 
 def _value_optimizer(config: OptimizerConfig) -> ValueOptimizer:

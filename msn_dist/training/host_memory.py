@@ -1,0 +1,38 @@
+"""Whether the host has room for values that are to lie in its memory (memory.tier: host).
+
+Without this look the system would end a process without a word, after minutes of filling the table.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from msn_dist.errors import InputError
+from msn_dist.units import binary
+
+
+def require_host_memory(values: int, free: int | None) -> None:
+    """InputError unless `free` bytes are enough for `values` bytes, those of all ranks of a node, and their copy."""
+    if free is not None and 2 * values > free:
+        raise InputError(
+            f"memory.tier=host: the values of this node's ranks take {binary(values)} of its memory, and as much again "
+            f"while a checkpoint is saved, but {binary(free)} is free; use more nodes, fewer memory.sub_keys, or "
+            "memory.tier=device"
+        )
+
+
+def free_host_bytes(root: Path = Path("/")) -> int | None:
+    """What the system can still give, or the container's limit (cgroup v2) lets it; None if neither says."""
+    free = []
+    with suppress(OSError, KeyError, ValueError):
+        free.append(1024 * _numbers(root / "proc/meminfo")["MemAvailable:"])
+    with suppress(OSError, KeyError, ValueError):  # a limit of "max" is none
+        group = root / "sys/fs/cgroup"
+        free.append(int((group / "memory.max").read_text()) - _numbers(group / "memory.stat")["anon"])
+    return min(free, default=None)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """{first word: second word} of every line."""
+    return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}
