@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import kernel_gather, kernel_retrieval, kernel_timing, kernel_update, kernels
+from benchmarks import kernel_gather, kernel_retrieval, kernel_timing, kernel_update, kernels, sanitized
 from benchmarks.kernel_airtopk import AirTopK
 from benchmarks.kernel_plot import draw
 from benchmarks.kernel_retrieval import BF16, EXACT, Shape, Truth
@@ -181,3 +181,9 @@ def test_the_plot_is_drawn_from_the_csv(bench, tmp_path: Path):
         writer.writerows({**row, **conditions} for row in bench.rows)
     drawn = draw(path).read_text()
     assert drawn.count('<g id="axes_') == 2 and draw(path).read_text() == drawn
+
+
+def test_what_the_sanitizer_watches_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RETRIEVALS": ((5, 20, 16, 4),), "TABLES": ((50, 8),), "BAGS": 3, "HITS": 4}.items():
+        monkeypatch.setattr(sanitized, name, value)
+    sanitized.run_all(DEVICE)

@@ -1,0 +1,71 @@
+"""compute-sanitizer python -m benchmarks.sanitized: every kernel at its main shapes, for a tool that watches memory.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck  python -m benchmarks.sanitized
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python -m benchmarks.sanitized
+
+Without torch's cache of blocks, an access past a tensor is one past an allocation.  Sizes are those of
+benchmarks.kernels with fewer queries and bags, as the tools slow a kernel down 10 to 100 times.  Nothing is compared
+here: the tests do that.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from msn_dist.kernels import bucketing, ops
+
+RETRIEVALS = ((2048, 1024, 64, 32), (1024, 4096, 64, 32), (256, 32768, 64, 32), (513, 100, 48, 17))  # M, N, E, k
+TABLES = ((2**20, 64), (2**20, 128), (2**18, 1024), (1001, 20))  # rows, width
+BAGS, HITS = 1025, 32
+RANKS = (2, 8, 64)
+RULES = ("rowwise_adagrad", "sgd", "rowwise_adam")
+NUMBERS = [0.01, 1e-8, 0.9, 0.999]  # lr, eps, beta1, beta2
+
+
+def main() -> int:
+    """The exit code: 2 without a GPU."""
+    if not torch.cuda.is_available():
+        print("benchmarks.sanitized needs a CUDA GPU, and there is none here", file=sys.stderr)
+        return 2
+    run_all(torch.device("cuda"))
+    torch.cuda.synchronize()
+    print(f"every kernel has run on {torch.cuda.get_device_name()}")
+    return 0
+
+
+def run_all(device: torch.device) -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        for queries, sub_keys, width, k in RETRIEVALS:
+            shapes = [(queries, 1, width)] * 2 + [(1, sub_keys, width)] * 2
+            operands = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+            _, weights_MHK = ops.retrieve(*operands, k, width**-0.5)
+            weights_MHK.square().sum().backward()
+        for rows, width in TABLES:
+            look_up_and_step(rows, width, dtype, device)
+    for ranks in RANKS:
+        row_ML = torch.randint(2**20, (BAGS, HITS), device=device)
+        bucketing.bucket_hits(row_ML, -(-(2**20) // ranks), ranks)
+
+
+def look_up_and_step(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Uniform and jagged bags, scattered hits and one row that all of them have, by every optimizer."""
+    values_RD = torch.randn(rows, width, device=device).to(dtype)
+    gradient_GD = torch.randn(BAGS, width, device=device)
+    weights_GL = torch.rand(BAGS, HITS, device=device)
+    offsets_G1 = torch.arange(BAGS + 1, device=device) * HITS
+    seed = None if dtype == torch.float32 else 1
+    for most in (rows, 1):
+        rows_GL = torch.randint(most, (BAGS, HITS), device=device)
+        for bags in ((rows_GL, weights_GL, None), (rows_GL.flatten(), weights_GL.flatten(), offsets_G1)):
+            ops.sparse_gather(values_RD, *bags)
+            for rule in RULES:
+                moment_R = None if rule == "sgd" else torch.zeros(rows, device=device)
+                first_RD = torch.zeros(rows, width, device=device) if rule == "rowwise_adam" else None
+                ops.sparse_update_(values_RD, moment_R, first_RD, *bags, gradient_GD, rule, NUMBERS, 1, True, seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
