@@ -6,15 +6,15 @@ before a process is launched or a tensor is built.
 
 from __future__ import annotations
 
-import difflib
-import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from msn_dist.errors import InputError
+from msn_dist.strict_yaml import Part, parse, parse_text, read_yaml
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -31,12 +31,6 @@ ValueOptimizerKind = Literal["rowwise_adagrad", "sgd", "rowwise_adam"]
 
 
 MOST_ROWS = 2**30  # of a step
-
-
-class Part(BaseModel):
-    """Base of every configuration object: unknown keys and loose types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class DataConfig(Part):
@@ -267,6 +261,8 @@ class TrainingConfig(Part):
 class RunConfig(Part):
     """One run, resolved: what `msn train` takes and what the run directory keeps."""
 
+    union_tags: ClassVar[Mapping[str, type[Part]]] = _BACKBONES
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: NonNegativeInt = 0
     output: str = Field("runs", description="parent of the run directory")
@@ -314,46 +310,6 @@ def dump_config(config: Part) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; InputError if there is no such file or no mapping in it."""
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read this file ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is no text in UTF-8") from None
-    tree = _parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}")
-    return tree
-
-
-def parse(kind: type[Part], tree: dict[str, Any], place: str) -> Any:
-    """Validate `tree` as `kind`; InputError lists every problem with its key path."""
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise InputError(_explain(kind, error, place)) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-3 is a number, as every reader expects."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _parse_yaml(text: str, place: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"{place}:{where} is not valid YAML ({getattr(error, 'problem', error)})") from None
-
-
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -365,40 +321,4 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = tree[parent]
         if not isinstance(tree, dict):
             raise InputError(f"{override!r}: {parent} holds a value, not a section")
-    tree[last] = _parse_yaml(text, override)
-
-
-def _explain(kind: type[Part], error: ValidationError, place: str) -> str:
-    lines = []
-    for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(part))
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(problem["loc"][-1]), _siblings(kind, problem["loc"]), n=1, cutoff=0.5)
-            message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
-        elif problem["type"] == "missing":
-            message = "is required"
-        elif problem["type"].startswith("union_tag"):
-            path, message = f"{path}.backbone", "must be one of " + ", ".join(sorted(_BACKBONES))
-        elif problem["type"] != "value_error":
-            message = f"{message[0].lower()}{message[1:]}, found {problem['input']!r}"
-        lines.append(f"{place}: {path}: {message}" if path else f"{place}: {message}")
-    return "\n".join(lines)
-
-
-def _is_union_tag(part: Any) -> bool:
-    return part in _BACKBONES
-
-
-def _siblings(kind: Any, loc: tuple) -> list[str]:
-    """Valid names beside the last part of `loc`, walking the model classes down from `kind`."""
-    for part in loc[:-1]:
-        if _is_union_tag(part):
-            kind = _BACKBONES[part]
-            continue
-        field = getattr(kind, "model_fields", {}).get(part)
-        if field is None:
-            return []
-        options = [k for k in (field.annotation, *get_args(field.annotation)) if hasattr(k, "model_fields")]
-        kind = options[0] if options else None
-    return list(getattr(kind, "model_fields", {}))
+    tree[last] = parse_text(text, override)

@@ -14,7 +14,7 @@ from test_training import STEPS
 from torch import Tensor
 
 from memory_parity import OPTIMIZER, Case, Tolerance, check_parity, gathered, plain, sharded
-from msn_dist.config import MemoryConfig, TrainingConfig, parse
+from msn_dist.config import MemoryConfig, TrainingConfig
 from msn_dist.errors import InputError
 from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.sharding import lookup as lookups
@@ -22,6 +22,7 @@ from msn_dist.sharding.cache_size import cache_sets
 from msn_dist.sharding.hits import Hits, offsets_of
 from msn_dist.sharding.lookup import Lookup, choose_lookup, make_lookup
 from msn_dist.sharding.strategies import STRATEGIES
+from msn_dist.strict_yaml import parse
 from msn_dist.training import checkpoint, run
 from msn_dist.training.checkpoint import load_checkpoint, read, write
 from msn_dist.training.host_memory import free_host_bytes, require_host_memory

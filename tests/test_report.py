@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from msn_dist.config import RunConfig, parse
+from msn_dist.config import RunConfig
 from msn_dist.errors import InputError
+from msn_dist.strict_yaml import parse
 from msn_dist.training.figures import Line, count, line_chart, percent
 from msn_dist.training.report import write_report
 from msn_dist.training.run_directory import RunDirectory

@@ -8,8 +8,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import msn_dist
-from msn_dist.config import RunConfig, parse
+from msn_dist.config import RunConfig
 from msn_dist.errors import InputError
+from msn_dist.strict_yaml import parse
 from msn_dist.training.run_directory import RunDirectory, git_commit, new_run_path, versions
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt, model_validator
 
-from msn_dist.config import Part, parse, read_yaml
 from msn_dist.errors import InputError
+from msn_dist.strict_yaml import Part, parse, read_yaml
 
 
 class History(Part):

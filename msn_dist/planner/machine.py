@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
-from msn_dist.config import Part, parse, read_yaml
 from msn_dist.errors import InputError
+from msn_dist.strict_yaml import Part, parse, read_yaml
 
 
 def _ascending(points: list[list[float]]) -> list[list[float]]:

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from msn_dist.config import MemoryConfig, Part, RunConfig, parse
+from msn_dist.config import MemoryConfig, RunConfig
 from msn_dist.errors import InputError
+from msn_dist.strict_yaml import Part, parse
 
 _FREE = {"memory.strategy", "memory.wire", "memory.value_dtype", "memory.tier"}  # what the plan itself decides
 

@@ -10,8 +10,8 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
-from msn_dist.config import Part, parse, read_yaml
 from msn_dist.errors import InputError
+from msn_dist.strict_yaml import Part, parse, read_yaml
 
 Positive = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]
 
