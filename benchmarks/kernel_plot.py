@@ -33,7 +33,7 @@ LOOKS = {
     "rows read once (floor)": ("#555555", "_"),
 }
 _OTHER = ("#000000", ".")
-_NARROW = ("scores bf16", "output float16", "output bf16")
+_NARROW = ("scores bf16", "output float16", "int32, output bf16")
 _STYLE = {"font.size": 9, "svg.hashsalt": "kernels", "axes.spines.top": False, "axes.spines.right": False}
 
 Row = dict[str, str]
@@ -46,7 +46,7 @@ def draw(path: Path) -> Path:
     times = [row for row in rows if row["metric"] == "time"]
     panels = list(dict.fromkeys((row["kernel"], row["mode"]) for row in times))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 3.6 * max(1, len(panels)) + 0.8), facecolor="white", layout="constrained")
+        figure = Figure(figsize=(12, 3.6 * max(1, len(panels)) + 0.8), facecolor="white", layout="constrained")
         axes = figure.subplots(max(1, len(panels)), 1, squeeze=False)[:, 0]
         for axis, (kernel, mode) in zip(axes, panels, strict=False):
             _panel(axis, [row for row in times if (row["kernel"], row["mode"]) == (kernel, mode)])
@@ -96,7 +96,7 @@ def _shape(row: Row) -> str:
     """A tick's label, in few lines."""
     if row["queries"]:
         return f"M={int(row['queries']):,}\nN={int(row['sub_keys']):,}\nE={row['key_dim']}, k={row['k']}"
-    table = f"{row['dtype']} D={row['dim']}\nn=2^{int(row['n']).bit_length() - 1}"
+    table = f"{row['dtype']}\nD={row['dim']}\nn=2^{int(row['n']).bit_length() - 1}"
     return f"{table}\n{row['bags']}x{row['hits']}\n{row['slots']}"
 
 
