@@ -71,6 +71,7 @@ class _Retrieve(Function):
         operands = row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE
         note("retrieve", 4 * row_queries_MHE.numel() * row_keys_HNE.shape[1], operands, (slots_MHK, weights_MHK))
         ctx.note = note
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, slots_MHK, weights_MHK)
         ctx.mark_non_differentiable(slots_MHK)
         return slots_MHK, weights_MHK
