@@ -65,8 +65,9 @@ class KeyAxis(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """scores_BTHN in float32 at least, as the formula says; a retrieval does not build them by this."""
-        queries_BTHE, keys_HNE = self.queries(self.query(x_BTD)), self.keys()
+        queries_BTHE = self.queries(self.query(x_BTD))
         with torch.autocast(x_BTD.device.type, enabled=False):
+            keys_HNE = self.keys()
             dtype = torch.promote_types(keys_HNE.dtype, torch.float32)
             return torch.einsum("bthe,hne->bthn", queries_BTHE.to(dtype), keys_HNE.to(dtype)) * self.tau
 
@@ -111,12 +112,12 @@ class ProductKeys(nn.Module):
         device = x_BTD.device.type
         back_end = self.back_end(x_BTD.device)
         row_BTHE, col_BTHE = self.queries(x_BTD)
-        operands = row_BTHE.flatten(0, 1), col_BTHE.flatten(0, 1), self.row.keys(), self.col.keys()
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         else:  # the kernels have no float64
             dtype = torch.float32 if back_end == "triton" else torch.promote_types(x_BTD.dtype, torch.float32)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False):  # keys are few: casts would cost more than products of 32 bits
+            operands = row_BTHE.flatten(0, 1), col_BTHE.flatten(0, 1), self.row.keys(), self.col.keys()
             slots_MHK, weights_MHK = self.search(back_end)(
                 *(operand.to(dtype) for operand in operands), self.top_k, self.row.tau
             )
