@@ -57,10 +57,13 @@ def _(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, slots_MHK, w
 
 def _keep(ctx, inputs, output) -> None:
     *operands, _, ctx.tau = inputs
+    ctx.set_materialize_grads(False)  # else zeros are made for the slots, which have no gradient
     ctx.save_for_backward(*operands, *output)
 
 
 def _gradients(ctx, _, gradient_MHK):
+    if gradient_MHK is None:
+        return (None,) * 6
     return *retrieve_backward(*ctx.saved_tensors, gradient_MHK, ctx.tau), None, None
 
 

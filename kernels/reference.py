@@ -86,6 +86,24 @@ def weights_gradient(values_RD: Tensor, rows_H: Tensor, offsets_G1: Tensor, grad
     return (gradient_GD[bag_of_H] * values_RD[rows_H]).sum(1)
 
 
+def gate(x_BTD: Tensor, v_BTD: Tensor, kind: str) -> Tensor:
+    """x * f(v), shaped and typed like x, with f = tanh, 1 + tanh, sigmoid or the identity; B samples, T tokens.
+
+    Raises ValueError for another `kind`.
+    """
+    v_BTD = v_BTD.to(x_BTD.dtype)
+    match kind:
+        case "tanh":
+            return x_BTD * torch.tanh(v_BTD)
+        case "one_plus_tanh":
+            return x_BTD * (1 + torch.tanh(v_BTD))
+        case "sigmoid":
+            return x_BTD * torch.sigmoid(v_BTD)
+        case "linear":
+            return x_BTD * v_BTD
+    raise ValueError(f"gate {kind!r} is not one of tanh, one_plus_tanh, sigmoid, linear")
+
+
 def mean_square(gradient_RD: Tensor) -> Tensor:
     """Mean over the columns of the squares of each row [R]."""
     return gradient_RD.square().mean(dim=1)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msn_dist.kernels.gate import tanh
 from msn_dist.kernels.sparse_bags import Bags, as_bags, check_table
 
 VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
@@ -39,16 +40,6 @@ def launch_shape(width: int, size: int, value_bytes: int) -> GatherShape:
     hits = min(hits, max(1, 32 * 32 * warps // threads))  # 32 reads of a thread
     idle = 32 * warps // (threads * (hits if size else 1))
     return GatherShape(max(1, 8 // threads, idle), hits, warps)
-
-
-@triton.jit
-def tanh(x):
-    # The quotient loses the digits of a small x to 1 - e, so a series (to x^9) stands in for it there.
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    s = x * x
-    near = 1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835))))
-    return tl.where(tl.abs(x) < 0.25, x * near, tl.where(x < 0, -far, far))
 
 
 @triton.jit(do_not_specialize=["bags"])

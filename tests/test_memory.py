@@ -13,6 +13,7 @@ from msn_dist.kernels import reference
 from msn_dist.memory import Memory, MemoryValues, Placement
 from msn_dist.memory.health import SlotUsage
 from msn_dist.memory.placement import initial_values
+from msn_dist.memory.product_keys import ProductKeys
 from msn_dist.memory.values import VALUE_DTYPES
 
 
@@ -99,6 +100,25 @@ def _in_double(keys):
         return slots_MK.view(shape), scores_MK.softmax(-1).view(shape)
 
     return forward
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_queries_of_both_axes_are_those_of_each(layer_norm: bool, autocast: bool) -> None:
+    torch.manual_seed(0)
+    keys = ProductKeys(MemoryConfig(sub_keys=8, top_k=4, heads=3, key_dim=4, layer_norm=layer_norm), width=12)
+    axes = keys.row, keys.col
+    x_BTD = torch.randn(50, 2, 12, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = keys.queries(x_BTD)
+        expected = [axis.queries(axis.query(x_BTD)) for axis in axes]
+    gradients = [torch.randn_like(queries_BTHE) for queries_BTHE in expected]
+    inputs = [x_BTD, *(axis.query.weight for axis in axes)]
+    found = [*found, *torch.autograd.grad(found, inputs, gradients)]
+    expected = [*expected, *torch.autograd.grad(expected, inputs, gradients)]
+    error = {"rtol": 0.02, "atol": 0.1} if autocast else {}
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **error)
 
 
 def test_theta_moves_sub_keys_that_no_query_selected() -> None:

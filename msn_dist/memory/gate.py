@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+
+from msn_dist.kernels import reference
+from msn_dist.kernels.support import interpreted, why_no_triton
 
 
 class Gate(nn.Module):
@@ -15,21 +20,22 @@ class Gate(nn.Module):
     def __init__(self, kind: str, width: int, value_dim: int) -> None:
         super().__init__()
         self.kind = kind
-        self.project = nn.Identity() if value_dim == width else nn.Linear(value_dim, width, bias=False)
+        self.project = None if value_dim == width else nn.Linear(value_dim, width, bias=False)
         self.merge = nn.Linear(2 * width, width) if kind == "concat" else None
 
     def forward(self, x_BTD: Tensor, v_BTV: Tensor) -> Tensor:
         """The gated token, shaped and typed like x_BTD."""
-        v_BTD = self.project(v_BTV.to(x_BTD.dtype))
-        match self.kind:
-            case "tanh":
-                return x_BTD * torch.tanh(v_BTD)
-            case "one_plus_tanh":
-                return x_BTD * (1 + torch.tanh(v_BTD))
-            case "sigmoid":
-                return x_BTD * torch.sigmoid(v_BTD)
-            case "linear":
-                return x_BTD * v_BTD
-            case "concat":
-                return self.merge(torch.cat([x_BTD, v_BTD], dim=-1))
-        raise ValueError(f"gate {self.kind!r} is not one of tanh, one_plus_tanh, sigmoid, linear, concat")
+        v_BTD = v_BTV if self.project is None else self.project(v_BTV.to(x_BTD.dtype))
+        if self.merge is not None:
+            return self.merge(torch.cat([x_BTD, v_BTD.to(x_BTD.dtype)], dim=-1))
+        return self.product(x_BTD)(x_BTD, v_BTD, self.kind)
+
+    def product(self, x_BTD: Tensor) -> Callable[[Tensor, Tensor, str], Tensor]:
+        """`kernels.reference.gate`, or the same in one pass on a GPU that the kernels run on."""
+        # compiled, the plain formula becomes one kernel by itself; the kernels have no float64
+        plain = torch.compiler.is_compiling() or not x_BTD.is_cuda or x_BTD.dtype == torch.float64
+        if plain or interpreted() or why_no_triton(x_BTD.device):
+            return reference.gate
+        from msn_dist.kernels.gate import gate
+
+        return gate

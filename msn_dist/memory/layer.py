@@ -59,7 +59,7 @@ class Memory(nn.Module):
     def retrieve(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """slots_ML (int64) and weights_ML of the M = B * T bags."""
         slots_BTHK, weights_BTHK = self.keys(x_BTD)
-        # one table for all groups: slot id + group * n
-        group_T = torch.arange(x_BTD.shape[1], device=x_BTD.device) // self.tokens_per_group
-        slots_BTHK = slots_BTHK + (group_T * self.slots_per_group)[:, None, None]
+        if self.tokens_per_group < x_BTD.shape[1]:  # one table for all groups: slot id + group * n
+            group_T = torch.arange(x_BTD.shape[1], device=x_BTD.device) // self.tokens_per_group
+            slots_BTHK = slots_BTHK + (group_T * self.slots_per_group)[:, None, None]
         return slots_BTHK.flatten(2).flatten(0, 1), weights_BTHK.flatten(2).flatten(0, 1)

@@ -34,11 +34,12 @@ class Placement:
 
     def row_of(self, slots: Tensor) -> Tensor:
         """Row of each slot; int64, any shape."""
-        return (_multiply_mod(self.factor, slots, self.slots) + self.shift) % self.slots
+        return _affine_mod(self.factor, slots, self.shift, self.slots)
 
     def slot_of(self, rows: Tensor) -> Tensor:
         """Slot of each row: the inverse of `row_of`."""
-        return _multiply_mod(pow(self.factor, -1, self.slots), rows - self.shift + self.slots, self.slots)
+        inverse = pow(self.factor, -1, self.slots)
+        return _affine_mod(inverse, rows, -inverse * self.shift % self.slots, self.slots)
 
 
 def initial_values(
@@ -62,18 +63,17 @@ def initial_values(
         out_RC[start:stop] = ((sum_XC - 2 * 0xFFFF).to(torch.float32) * scale).to(out_RC.dtype)
 
 
-def _multiply_mod(factor: int, slots: Tensor, modulus: int) -> Tensor:
-    """factor * slots mod modulus in int64 without overflow, by Horner's rule on 20-bit pieces."""
-    slots = slots % modulus
-    if factor * modulus < 2**63:
-        return slots * factor % modulus
+def _affine_mod(factor: int, slots: Tensor, shift: int, modulus: int) -> Tensor:
+    """(factor * slots + shift) mod modulus of slots in [0, modulus), in int64 without overflow."""
+    if factor * modulus + shift < 2**63:
+        return (slots * factor + shift) % modulus
     if modulus > 2**42:
         raise ValueError(f"{modulus} slots: placement is exact up to 2**42")
     result = torch.zeros_like(slots)
-    for shift in (2 * _PIECE, _PIECE, 0):
-        piece = (slots >> shift) & (2**_PIECE - 1)
+    for bits in (2 * _PIECE, _PIECE, 0):  # Horner's rule on 20-bit pieces
+        piece = (slots >> bits) & (2**_PIECE - 1)
         result = ((result << _PIECE) % modulus + piece * factor % modulus) % modulus
-    return result
+    return (result + shift) % modulus
 
 
 def _hash(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ s_row[I] + s_col[J], so its top-k comes from the top-k of each axis, at a cost o
 The search itself has two back ends that are given the same operands: `kernels.reference`, and Triton kernels.
 
 Shape suffixes: B samples, T tokens, D model width, H heads, E key width of one half (d_k),
-N sub-keys per axis, K slots read, M = B * T * H queries.
+N sub-keys per axis, K slots read, M = B * T * H queries, X = H * E.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from msn_dist.config import MemoryConfig
 from msn_dist.errors import InputError
@@ -58,14 +59,15 @@ class KeyAxis(nn.Module):
             keys_HNE = self.theta @ keys_HNE if self.mix else keys_HNE @ self.theta.transpose(1, 2)
         return self.key_norm(keys_HNE)
 
-    def queries(self, x_BTD: Tensor) -> Tensor:
-        """queries_BTHE."""
-        return self.query_norm(self.query(x_BTD).unflatten(-1, (self.heads, self.codes_HNE.shape[2])))
+    def queries(self, projected_BTX: Tensor) -> Tensor:
+        """queries_BTHE = LN(W x), from W x for all heads side by side."""
+        return self.query_norm(projected_BTX.unflatten(-1, (self.heads, self.codes_HNE.shape[2])))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """scores_BTHN in float32 at least, as the formula says; a retrieval does not build them by this."""
-        queries_BTHE, keys_HNE = self.queries(x_BTD), self.keys()
+        queries_BTHE = self.queries(self.query(x_BTD))
         with torch.autocast(x_BTD.device.type, enabled=False):
+            keys_HNE = self.keys()
             dtype = torch.promote_types(keys_HNE.dtype, torch.float32)
             return torch.einsum("bthe,hne->bthn", queries_BTHE.to(dtype), keys_HNE.to(dtype)) * self.tau
 
@@ -79,6 +81,15 @@ class ProductKeys(nn.Module):
         self.retrieval = config.retrieval
         self.row = KeyAxis(config, width)
         self.col = KeyAxis(config, width)
+
+    def queries(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """queries_BTHE of the row and of the column axis.
+
+        Both projections are one product: x is read and cast once, and its gradient comes out of one product too.
+        """
+        weights_XD = torch.cat([self.row.query.weight, self.col.query.weight])
+        row_BTX, col_BTX = functional.linear(x_BTD, weights_XD).chunk(2, dim=-1)
+        return self.row.queries(row_BTX), self.col.queries(col_BTX)
 
     def back_end(self, device: torch.device) -> str:
         """What `choose_retrieval` makes of the configuration."""
@@ -100,13 +111,13 @@ class ProductKeys(nn.Module):
         """
         device = x_BTD.device.type
         back_end = self.back_end(x_BTD.device)
-        row_BTHE, col_BTHE = self.row.queries(x_BTD), self.col.queries(x_BTD)
-        operands = row_BTHE.flatten(0, 1), col_BTHE.flatten(0, 1), self.row.keys(), self.col.keys()
+        row_BTHE, col_BTHE = self.queries(x_BTD)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         else:  # the kernels have no float64
             dtype = torch.float32 if back_end == "triton" else torch.promote_types(x_BTD.dtype, torch.float32)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False):  # keys are few: casts would cost more than products of 32 bits
+            operands = row_BTHE.flatten(0, 1), col_BTHE.flatten(0, 1), self.row.keys(), self.col.keys()
             slots_MHK, weights_MHK = self.search(back_end)(
                 *(operand.to(dtype) for operand in operands), self.top_k, self.row.tau
             )

@@ -1,7 +1,7 @@
 """What a step does on a GPU and not on a CPU, for tensors without data that say they are on a CPU.
 
-Shape suffixes: M queries, H heads, N sub-keys of an axis, E key width of one half, K hits of a head, A = 2 * H pairs of
-axis and head, C survivors of a query.
+Shape suffixes: B samples, T tokens, D width; M queries, H heads, N sub-keys of an axis, E key width of one half, K hits
+of a head, A = 2 * H pairs of axis and head, C survivors of a query.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class _Retrieve(Function):
         operands = row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE
         note("retrieve", 4 * row_queries_MHE.numel() * row_keys_HNE.shape[1], operands, (slots_MHK, weights_MHK))
         ctx.note = note
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, slots_MHK, weights_MHK)
         ctx.mark_non_differentiable(slots_MHK)
         return slots_MHK, weights_MHK
@@ -95,6 +96,29 @@ class _Retrieve(Function):
         inputs = *operands, slots_MHK, weights_MHK, gradient_MHK
         ctx.note("retrieve_backward", 8 * slots_MHK.numel() * width, inputs, (*of_queries, *of_keys))
         return *of_queries, *of_keys, None, None
+
+
+def fused_gate(note: Callable, x_BTD: Tensor, v_BTD: Tensor, kind: str) -> Tensor:
+    """`kernels.gate.gate` without its result: the same tensors live as long as there; `note` as above."""
+    return _Gate.apply(x_BTD, v_BTD, note)
+
+
+class _Gate(Function):
+    @staticmethod
+    def forward(ctx, x_BTD, v_BTD, note):
+        out_BTD = torch.empty_like(x_BTD)
+        note("gate", 0, (x_BTD, v_BTD), (out_BTD,))
+        ctx.note = note
+        ctx.save_for_backward(x_BTD, v_BTD)
+        return out_BTD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_BTD):
+        x_BTD, v_BTD = ctx.saved_tensors
+        dx_BTD, dv_BTD = torch.empty_like(x_BTD), torch.empty_like(v_BTD)
+        ctx.note("gate_backward", 0, (g_BTD, x_BTD, v_BTD), (dx_BTD, dv_BTD))
+        return dx_BTD, dv_BTD, None
 
 
 def survivors_of(k: int) -> int:

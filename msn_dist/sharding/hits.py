@@ -29,7 +29,7 @@ class Hits(Multistreamable):
     @staticmethod
     def uniform(rows_H: Tensor, weights_H: Tensor | None, size: int) -> Hits:
         """Bags of `size` hits each, one after the other."""
-        offsets_G1 = torch.arange(len(rows_H) // size + 1, device=rows_H.device) * size
+        offsets_G1 = torch.arange(0, len(rows_H) + 1, size, device=rows_H.device)
         return Hits(rows_H, weights_H, offsets_G1, size)
 
     def bag_H(self) -> Tensor:
@@ -92,7 +92,9 @@ class _LookUp(Function):
                 all_hits, gradients = zip(*part_of.done, strict=True)
                 part_of.done = []
                 lookup.update(_joined(all_hits), torch.cat(gradients), of_weights=False)
-        return (None if gradient_H is None else gradient_H * ctx.world), None, None, None, None, None
+        if ctx.world > 1 and gradient_H is not None:
+            gradient_H = gradient_H * ctx.world
+        return gradient_H, None, None, None, None, None
 
 
 def _joined(parts: tuple[Hits, ...]) -> Hits:
