@@ -67,6 +67,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "msn_smoe, 512^2 slots of 128": {
             "model": {"backbone": "rankmixer", "block": "msn_smoe", "tokens": 16, "width": 128, "layers": 2},
             "memory": {"sub_keys": 512, "top_k": 32},
+            "training": {"precision": "bf16"},
         },
     },
 }
@@ -92,13 +93,15 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="+", help="numbers of shapes, from 0; all of them if left out")
     parser.add_argument("--strategies", action="store_true", help="train the strategies that were not chosen too")
     parser.add_argument("--gib", type=float, default=4.0, help="that a rank may fill")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for data, profiles, plans and runs")
     chosen = parser.parse_args()
     shapes = list(SHAPES[chosen.device])
     if chosen.shapes is not None:
         shapes = [shapes[number] for number in chosen.shapes]
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = chosen.keep or Path(name)
+        folder.mkdir(exist_ok=True)
         most = ROWS[chosen.device] * (max(chosen.ranks) if chosen.device == "cuda" else 1)
         msn("prepare", "synthetic", str(folder / "data"), "--rows", str(2 * STEPS * most))
         for ranks in chosen.ranks:
