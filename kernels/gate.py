@@ -25,9 +25,10 @@ _ELEMENTS = 2048  # of a program: 16 a thread
 def gate(x_BTD: Tensor, v_BTD: Tensor, kind: str) -> Tensor:
     """`reference.gate` by the kernels; the gradients of x and v come in their dtypes.
 
-    x and v are float32, bfloat16 or float16, each of its own, of any size and with any strides (what is not contiguous
-    is copied).  Arithmetic is float32, and rounded once, to the dtype of x.  `kind` is one of KINDS.  Not for
-    torch.compile, which fuses the plain formula itself; outside of it a Function costs the host less than an operator.
+    x and v are float32, bfloat16 or float16, each its own, of any size and with any strides (where they are not
+    contiguous they are copied).  Arithmetic is float32, and rounded once, to the dtype of x.  `kind` is one of KINDS.
+    Not for torch.compile, which fuses the plain formula itself; outside of it a Function costs the host less than an
+    operator.
 
     Raises ValueError for other kinds, shapes, dtypes and devices.
     """
