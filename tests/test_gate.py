@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from msn_dist.config import MemoryConfig
+from msn_dist.kernels import gate as kernel_gate
 from msn_dist.kernels import reference
 from msn_dist.kernels.gate import KINDS, TYPES, gate
 from msn_dist.memory import Memory
+from msn_dist.memory import gate as memory_gate
 from msn_dist.memory.gate import Gate
+from msn_dist.planner.gpu_rules import fused_gate
+from msn_dist.planner.live_bytes import LiveBytes
 from triton_device import DEVICE
 
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -128,8 +135,8 @@ def test_a_memory_gated_by_the_kernel_learns_as_one_gated_by_the_formula(
     kind: str, autocast: bool, value_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
-    for product_ in (reference.gate, gate):
-        monkeypatch.setattr(Gate, "product", lambda self, x_BTD, product_=product_: product_)
+    for chosen in (reference.gate, gate):
+        monkeypatch.setattr(Gate, "product", lambda self, x_BTD, chosen=chosen: chosen)
         torch.manual_seed(0)
         config = MemoryConfig(sub_keys=9, top_k=4, key_dim=16, gate=kind, value_dim=value_dim, value_init_std=1.0)
         memory = Memory(config, tokens=2, width=16, seed=0, device=DEVICE).to(DEVICE)
@@ -144,10 +151,37 @@ def test_a_memory_gated_by_the_kernel_learns_as_one_gated_by_the_formula(
         assert (one - other).abs().max() <= error * max(1, other.abs().max())
 
 
-def test_the_kernel_gates_on_a_gpu_and_torch_elsewhere() -> None:
-    chosen = Gate("tanh", 4, 4).product(torch.zeros(2, 3, 4, device=DEVICE))
-    assert chosen is (gate if DEVICE.type == "cuda" else reference.gate)
-    assert Gate("tanh", 4, 4).product(torch.zeros(2, 3, 4, device=DEVICE).double()) is reference.gate
+@pytest.mark.parametrize(
+    ("on_gpu", "dtype", "no_triton", "fused"),
+    [
+        (True, torch.float32, None, True),
+        (True, torch.bfloat16, None, True),
+        (True, torch.float32, "it is old", False),
+        (True, torch.float64, None, False),
+        (False, torch.float32, None, False),
+    ],
+)
+def test_the_kernel_gates_on_a_gpu_and_torch_elsewhere(
+    on_gpu: bool, dtype: torch.dtype, no_triton: str | None, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_gate, "why_no_triton", lambda _: no_triton)
+    monkeypatch.setattr(memory_gate, "interpreted", lambda: False)
+    x_BTD = SimpleNamespace(is_cuda=on_gpu, dtype=dtype, device=None)
+    assert Gate("tanh", 4, 4).product(x_BTD) is (gate if fused else reference.gate)
+
+
+def test_the_planner_counts_the_bytes_that_the_kernel_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_gate, "_launch", lambda *_, **__: None)  # the interpreter has tensors of its own
+
+    def held(function: Callable) -> list[tuple[int, int]]:
+        x, v, g = operands((64, 4, 32), torch.float32, torch.bfloat16)
+        with LiveBytes(on_gpu=True) as bytes_:
+            out = function(x * 1, v * 1, "tanh")
+            after_forward = bytes_.live, bytes_.peak
+            out.backward(g)
+        return [after_forward, (bytes_.live, bytes_.peak)]
+
+    assert held(gate) == held(partial(fused_gate, lambda *_: None))
 
 
 @pytest.mark.gpu
