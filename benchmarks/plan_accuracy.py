@@ -153,7 +153,7 @@ def config_file(place: Place, shape: str) -> Path:
         "data": {
             "path": str(place.folder / "data"),
             "batch_size": ROWS[place.device] * (place.ranks if on_gpu else 1),
-            "workers": 4 if on_gpu else 0,  # a GPU is faster than one reader
+            "workers": 8 if on_gpu else 0,  # a GPU is faster than one reader
         },
     }
     parts = SHAPES[place.device][shape]

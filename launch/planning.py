@@ -7,6 +7,7 @@ import gc
 import json
 import sys
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +24,7 @@ def calibrate(output: Path, device: str) -> None:
     from msn_dist.planner.calibration import calibrate as measure
     from msn_dist.training.ranks import joined_ranks
     from msn_dist.training.run_directory import versions
+    from msn_dist.training.step import tiny_step
 
     with joined_ranks(TrainingConfig(device=device)) as ranks:
         console = Console(quiet=ranks.rank != 0, highlight=False, soft_wrap=True)
@@ -35,7 +37,7 @@ def calibrate(output: Path, device: str) -> None:
                 else:
                     status.update(f"measuring: {line}")
 
-            machine = measure(ranks.device, ranks.group, ranks.control, versions(), say)
+            machine = measure(ranks.device, ranks.group, ranks.control, versions(), partial(tiny_step, ranks), say)
         if ranks.rank == 0:
             output.write_text(machine.model_dump_json(indent=1) + "\n", encoding="utf-8")
             from msn_dist.planner.explain import explain_machine

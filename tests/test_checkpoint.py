@@ -64,7 +64,8 @@ def train(trainer: Trainer, folder: Path, steps: range) -> list[float]:
     trainer.model.train()
     losses = []
     for trainer.step in steps:
-        losses.append(trainer._train_step(batches[trainer.step], STEPS[trainer.step]).item())
+        batch = batches[trainer.step].to(trainer.ranks.device)
+        losses.append(trainer._train_step(batch, STEPS[trainer.step]).item())
     return losses
 
 

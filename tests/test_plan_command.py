@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from msn_dist.launch.cli import main
 from msn_dist.planner import calibration, stopclock
 from msn_dist.planner.machine import Machine, device_name, load_machine
 from msn_dist.planner.plan_file import load_plan
+from msn_dist.training.ranks import Ranks
 from msn_dist.training.run_directory import RunDirectory
+from msn_dist.training.step import tiny_step
 from ranks import run_ranks
 from tiny_data import config_of, write_data
 
@@ -172,13 +175,17 @@ def test_a_plan_for_512_gpus_takes_less_than_a_gib_of_memory(tmp_path: Path) -> 
 def measure(rank: int, world_size: int) -> dict:
     stopclock._SECONDS, stopclock._ROUNDS = 1e-4, 1
     calibration._TABLE_BYTES, calibration._BAGS = {"cpu": 2**22}, {"cpu": 64}
-    device = torch.device("cpu")
-    machine = calibration.calibrate(device, dist.group.WORLD, dist.group.WORLD, {"torch": torch.__version__})
-    return json.loads(machine.model_dump_json())
+    device, group = torch.device("cpu"), dist.group.WORLD
+    tiny = partial(tiny_step, Ranks(rank, world_size, world_size, device, group, group))
+    machine = calibration.calibrate(device, group, group, {"torch": torch.__version__}, tiny)
+    dispatch = calibration._dispatch(stopclock.Stopclock(device, group), tiny())  # what a GPU's host has instead of 0
+    return json.loads(machine.model_dump_json()) | {"of a tiny step": dispatch}
 
 
 def test_a_calibration_measures_every_line_and_is_the_same_on_all_ranks() -> None:
     trees = run_ranks(measure, 2)
+    dispatches = [tree.pop("of a tiny step") for tree in trees]
+    assert dispatches[0] == dispatches[1] and 1e-6 < dispatches[0] < 1e-2
     machine = Machine.model_validate(trees[0])
     assert machine.kind == "cpu" and machine.ranks == 2
     lines = {name: value for name, value in vars(machine).items() if hasattr(value, "source")}

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msn_dist.config import RankMixerConfig
+from msn_dist.config import RunConfig
+from msn_dist.data.schema import Schema
 from msn_dist.memory.product_keys import choose_retrieval
-from msn_dist.models.rankmixer import RankMixer
-from msn_dist.planner.gpu_rules import GpuRules
+from msn_dist.planner.cost import host_operators
+from msn_dist.planner.dense_trace import trace_step
 from msn_dist.planner.machine import Collective, Curve, Latency, Machine, device_name
-from msn_dist.planner.step_recorder import StepRecorder
 from msn_dist.planner.stopclock import Stopclock
 from msn_dist.sharding.buckets import bucket_rows, bucket_rows_by_kernel
 from msn_dist.sharding.hits import Hits
@@ -32,6 +32,7 @@ _TABLE_BYTES = {"cuda": 2**31, "cpu": 2**26}  # more than a cache holds
 _BAGS = {"cuda": 32_768, "cpu": 4096}
 _STEADY = 3.0  # what the slowest round of a measurement may take of its fastest
 Say = Callable[[str], None]
+TinyStep = tuple[RunConfig, Schema, int, Callable[[], object]]
 
 
 def calibrate(
@@ -39,9 +40,13 @@ def calibrate(
     group: dist.ProcessGroup,
     control: dist.ProcessGroup,
     versions: dict[str, str | None],
+    tiny: Callable[[], TinyStep],
     say: Say = lambda line: None,
 ) -> Machine:
-    """The profile of one rank of `group`; a collective call.  `say` is told what is measured next."""
+    """The profile of one rank of `group`; a collective call.  `say` is told what is measured next.
+
+    `tiny` makes a training step whose time on a GPU is its host's, with its config, schema and rows.
+    """
     clock = Stopclock(device, control)
     gpu = device.type == "cuda"
 
@@ -52,7 +57,7 @@ def calibrate(
     say("operators")
     tiny = torch.zeros(16, device=device)
     operator = clock.seconds(lambda: tiny + 1)
-    dispatch = _dispatch(clock) if gpu else 0.0
+    dispatch = _dispatch(clock, tiny()) if gpu else 0.0
     large = 2**30 if gpu else 2**27
     figures = {
         "copy_rate": curve(
@@ -106,31 +111,16 @@ def calibrate(
     )
 
 
-def _dispatch(clock: Stopclock) -> float:
-    """What the host spends on one operator of a training step of a network so small that the GPU waits for it.
+def _dispatch(clock: Stopclock, tiny: TinyStep) -> float:
+    """What the host spends on one operator of a training step, as `cost` counts them.
 
-    The Python of the modules, autocast and autograd is in it: several times what the operator takes by itself.
+    The Python of modules, autograd, DistributedDataParallel and TorchRec is in it: several times what the operator
+    takes by itself.
     """
-    config = RankMixerConfig(block="ffn", tokens=4, width=32, layers=4)
-    model = RankMixer(config, 64, None, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-    def step(rows_BF: Tensor) -> None:
-        with torch.autocast(rows_BF.device.type, torch.bfloat16):
-            hidden_BD, _ = model(rows_BF)
-        hidden_BD.sum().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    rows_BF = torch.zeros(8, 64)
-    step(rows_BF)  # the optimizer makes its state
-    with StepRecorder([], 0, on_gpu=True) as recorder, GpuRules():
-        step(rows_BF)
-    model.to(clock.device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    rows_BF = rows_BF.to(clock.device)
-    return clock.host_seconds(lambda: step(rows_BF), 40) / len(recorder.ops)
+    config, schema, rows, step = tiny
+    trace = trace_step(config, schema, rows, "cuda")
+    operators = host_operators(len(trace.ops), len(config.model.layers_with_memory), config.memory.chunks)
+    return clock.host_seconds(step, 20) / operators
 
 
 def _in_burst(clock: Stopclock, call: Callable[[], Tensor], result_bytes: int) -> float:
@@ -288,7 +278,8 @@ def _collective(
     if group.size() == 1:
         return Collective(latency=0.0, bandwidth=1e12, source="measured", note="one rank sends nothing")
     points = []
-    for power in (10, 14, 17, 20, 22, 24):
+    powers = (10, 14, 17, 20, 22, 24, *((26, 28) if device.type == "cuda" else ()))  # a GPU's links are faster
+    for power in powers:
         seconds = clock.collective(make(group, device, 2**power), calls=10)
         points.append([float(2**power), seconds])
     latency, per_byte = _line(points)

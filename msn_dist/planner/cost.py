@@ -102,7 +102,6 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
     """The phases of a step, in which the id tables take `id_seconds`."""
     machine, topology, memories = situation.machine, situation.topology, situation.memories
     phases = [Phase("dense network", model.dense)]
-    operators = model.operators + _ID_OPERATORS
     if memories:
         load, chunks = situation.load, situation.memory.chunks
         work, link = exchange_work(layout, load, situation.dim), (0.0, 0.0)
@@ -128,7 +127,6 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
             Phase(name, size / machine.host_link.at(size) if size else 0.0)
             for name, size in zip(names, link, strict=True)
         ]
-        operators += memories * chunks * _EXCHANGE_OPERATORS
     phases += [
         Phase("id tables", id_seconds),
         _dense_gradients(model, machine, topology),
@@ -136,10 +134,16 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
         Phase("batch to the device", _batch(situation)),
     ]
     device = sum(phase.exposed for phase in phases)
-    host = operators * machine.dispatch.seconds
+    chunks = situation.memory.chunks if memories else 0
+    host = host_operators(model.operators, memories, chunks) * machine.dispatch.seconds
     if host > device:
         phases.append(Phase(WAITING, host - device))
     return StepTime(phases)
+
+
+def host_operators(traced: int, memories: int, chunks: int) -> int:
+    """Operators that the host dispatches in a step: those of the traced model, and some for what is sharded."""
+    return traced + _ID_OPERATORS + memories * chunks * _EXCHANGE_OPERATORS
 
 
 def operator_seconds(op: Op, machine: Machine) -> float:

@@ -18,8 +18,8 @@ _LAST = 50  # the first fifth is warm-up
 class Forecast:
     """Measures the steps up to the 50th, or up to the first evaluation.
 
-    The time of a step is the training process's, without what it waits for the reader; on a GPU, which works behind
-    the host, it is from the end of one step to the end of another, reading included.
+    The time of a step is the training process's, without what it waits for the reader.  A GPU, which works behind the
+    host, is waited for at either end.
     """
 
     def __init__(self, plan: PlanFile, ranks: Ranks, steps_to_evaluation: int) -> None:
@@ -57,7 +57,6 @@ class Forecast:
         """Seconds spent on steps."""
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize(self._ranks.device)
-            return time.perf_counter()
         return time.perf_counter() - self._reading
 
     def __str__(self) -> str:

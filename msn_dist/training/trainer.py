@@ -19,11 +19,10 @@ from msn_dist.data.parquet import ParquetReader
 from msn_dist.data.schema import Schema
 from msn_dist.errors import InputError
 from msn_dist.memory import MemoryHealth
-from msn_dist.models.loss import task_losses
 from msn_dist.planner.plan_file import PlanFile
 from msn_dist.training.checkpoint import Checkpoints, load_model
 from msn_dist.training.console import Console
-from msn_dist.training.evaluation import autocast, evaluate, open_split
+from msn_dist.training.evaluation import evaluate, open_split
 from msn_dist.training.exchange_meter import ExchangeMeter
 from msn_dist.training.forecast import Forecast
 from msn_dist.training.optimizers import Optimizers
@@ -35,6 +34,7 @@ from msn_dist.training.sharded_model import (
     memory_back_ends,
     sharded_memories,
 )
+from msn_dist.training.step import train_step
 from msn_dist.training.stopwatch import Stopwatch
 
 
@@ -127,20 +127,10 @@ class Trainer:
         self._validate(console)
 
     def _train_step(self, batch: Batch, rows: int) -> Tensor:
-        """One step; returns this rank's summed loss.
-
-        The loss is the mean over the global batch: its `rows` rows divide the sums of all ranks, and
-        since DistributedDataParallel averages gradients over ranks, each rank's share is scaled by W.
-        """
+        """One step; returns this rank's summed loss."""
         self.learning_rate = self.optimizers.set_rates(self.step)
-        with autocast(self.ranks.device, self.config.training.precision):
-            output = self.model(batch)
-        sums_K = task_losses(output.logits_BK, batch.labels_BK)
-        loss = (sums_K.sum() + output.auxiliary * len(batch)) * (self.ranks.world / rows)
-        self.optimizers.zero_grad()
-        loss.backward()
-        self.optimizers.step()
-        return sums_K.detach().sum()
+        precision = self.config.training.precision
+        return train_step(self.model, self.optimizers, batch, rows, self.ranks.world, precision)
 
     def _resume_clocks(self) -> None:
         self.watch.start()
