@@ -31,6 +31,7 @@ from msn_dist.errors import InputError
 from msn_dist.planner.cost import ModelTime, step_time
 from msn_dist.planner.layout import Layout
 from msn_dist.planner.machine import load_machine
+from msn_dist.planner.search import in_best_groups
 from msn_dist.planner.simulate import simulate
 from msn_dist.planner.situation import Popularity, Situation
 from msn_dist.planner.topology import load_topology
@@ -63,9 +64,9 @@ def cell(skew: str, slots: int, hits: int, world: int) -> Row:
     """Milliseconds of every strategy that can serve, and the best of them."""
     situation = _situation(SKEWS[skew], slots, hits, world)
     nothing = ModelTime(dense=0.0, memory=0.0, optimizer=0.0, operators=0, parameter_bytes=0)
-    ms = {}
+    layouts, ms = {}, {}
     for strategy in LOOKS:
-        layout = situation.layout(strategy, "bf16", "bf16")
+        layout = layouts[strategy] = in_best_groups(situation, situation.layout(strategy, "bf16", "bf16"), nothing)
         if _table_bytes(layout, slots) > NODE.device_bytes:
             continue
         with contextlib.suppress(InputError):  # fewer columns or rows than ranks
@@ -73,7 +74,7 @@ def cell(skew: str, slots: int, hits: int, world: int) -> Row:
     best, next_best = (*sorted(ms, key=ms.get), NO_ROOM, NO_ROOM)[:2]
     found = {"skew": skew, "n": slots, "hits": hits, "ranks": world, "fastest": best, "next": next_best}
     if ms:
-        step = simulate(situation.layout(best, "bf16", "bf16"), situation.load, DIM)
+        step = simulate(layouts[best], situation.load, DIM)
         found |= {"mb_sent": step.bytes_sent / 1e6, "mb_between": step.bytes_between / 1e6}
     else:
         found |= {"mb_sent": "", "mb_between": ""}

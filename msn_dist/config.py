@@ -61,6 +61,9 @@ class MemoryConfig(Part):
     share: Literal["all", "group", "token"] = Field("all", description="which tokens read the same slots")
     groups: PositiveInt | None = Field(None, description="number of token groups, with share: group")
     strategy: Strategy = Field("row_pooled", description="how a table over several ranks is read (README)")
+    group_ranks: int | None = Field(
+        None, ge=2, description="ranks that add up their sums first, with strategy: two_level; null: those of a node"
+    )
     wire: Literal["fp32", "bf16", "fp16", "int8"] = Field(
         "fp32", description="what values and their gradients travel as; 16 bits and less take the weights along in 16"
     )
@@ -108,6 +111,11 @@ class MemoryConfig(Part):
             )
         if self.tier == "host" and (reason := self.why_no_host_tier()):
             raise ValueError(f"tier: host: {reason}, or leave tier out")
+        if self.group_ranks is not None and self.strategy != "two_level":
+            raise ValueError(
+                f"group_ranks={self.group_ranks} is set, and strategy: {self.strategy} has no groups of ranks; "
+                "leave it out, or take strategy: two_level"
+            )
         if (self.groups is not None) != (self.share == "group"):
             raise ValueError("groups and share: group belong together; set both or neither")
         return self

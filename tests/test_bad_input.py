@@ -142,6 +142,11 @@ CASES = {
         ["model.attention=true"],
         "features.sequence_tables: table 'item' is read as sequences, and its 1 rows leave a rank of 2 without any; ",
     ),
+    "groups of all ranks": (
+        lambda data: None,
+        ["memory.strategy=two_level", "memory.group_ranks=2"],
+        "memory.group_ranks=2: 2 ranks are not several groups of 2; leave it out for groups of a node",
+    ),
 }
 
 
@@ -222,6 +227,8 @@ def test_the_launched_command_explains_bad_input_in_the_middle_of_training_once(
         ("data.batch_size=many", "data.batch_size: input should be a valid integer, found 'many'"),
         ("memory.top_k=10", "memory: top_k=10 is larger than sub_keys=9"),
         ("memory.strategy=row_polled", "memory.strategy: input should be 'row_pooled', 'row_pooled_sparse', "),
+        ("memory.group_ranks=2", "memory: group_ranks=2 is set, and strategy: row_pooled has no groups of ranks; "),
+        ("memory={strategy: two_level, group_ranks: 1}", "memory.group_ranks: input should be greater than or eq"),
         ("memory={strategy: column, lookup: fbgemm}", "memory: lookup: fbgemm cannot serve strategy: column"),
         ("memory={strategy: replicated, lookup: triton}", "memory: lookup: triton cannot serve strategy: replicated"),
         ("memory.lookup=tbe", "memory.lookup: input should be 'auto', 'reference', 'fbgemm' or 'triton', found 'tbe'"),

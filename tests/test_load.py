@@ -136,6 +136,9 @@ def test_what_no_layout_can_serve_is_refused() -> None:
     load = Load.uniform(SLOTS, BAGS, HITS)
     with pytest.raises(InputError, match="12 ranks are not a multiple of the 8 of a node"):
         expected_bytes("row_pooled", 12, 8, load, 64)
+    for size in (4, 9):
+        with pytest.raises(InputError, match=f"group_ranks={size}: 24 ranks in nodes of 6 are planned in groups"):
+            expected_bytes("two_level", 24, 6, load, 64, group_ranks=size)
     with pytest.raises(InputError, match="width 64 leave a rank of 128 without columns"):
         expected_bytes("column", 128, 8, load, 64)
     with pytest.raises(InputError, match="100 slots leaves rank 50 of 64 without rows"):

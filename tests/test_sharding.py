@@ -55,7 +55,7 @@ SGD, ADAM = optimizer_of("sgd"), optimizer_of("rowwise_adam")
 
 def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> list[str]:
     """All cases exactly; the first and the hot one with the lossy wires, in chunks, and by the other back ends; one of
-    these two by the other optimizers.
+    these two by the other optimizers.  Groups of a size that is set are in nodes of one rank.
 
     Kernels are the default on a GPU, and get everything; the interpreter is slow, and gets one step of the first case.
     Returns what was compared.
@@ -72,10 +72,14 @@ def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> 
             settings += [({"chunks": 3}, expected, Tolerance()), (other, expected, Tolerance())]
             if device.type == "cuda":
                 settings.append(({"lookup": "fbgemm"}, expected, Tolerance()))
+        every = []
+        if case in (CASES[0], CASES[2]) and world == 4:
+            for sharding in ({"group_ranks": 2}, {"group_ranks": 2, "chunks": 3}):
+                every.append(("two_level", (sharding, expected, Tolerance())))
         if case is CASES[3 if world == 4 else 0]:
             for sharding in ({"optimizer": SGD}, {"optimizer": ADAM, "chunks": 3}):
                 settings.append((sharding, plain(case, rows, 3, sharding["optimizer"]), Tolerance()))
-        every = list(product(strategies, settings))
+        every += product(strategies, settings)
         if device.type == "cpu" and case is CASES[0]:
             every += [(strategy, (kernels, one_step, Tolerance())) for strategy, kernels in INTERPRETED.items()]
             kernels, truth = {"lookup": "triton", "optimizer": ADAM}, plain(case, rows, 1, ADAM)
@@ -83,7 +87,7 @@ def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> 
         for strategy, (sharding, truth, tolerance) in every:
             if strategy in NO_OTHER_LOOKUP:
                 sharding = {key: value for key, value in sharding.items() if key != "lookup"}
-            node = 2 if world == 4 else 1
+            node = 2 if world == 4 and "group_ranks" not in sharding else 1
             model = sharded(case, device, node, strategy=strategy, **sharding)
             assert_back_ends(model, strategy, sharding, device)
             try:

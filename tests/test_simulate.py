@@ -17,7 +17,7 @@ from benchmarks.exchange_slots import first_distinct
 from drawn_bags import drawn_bags
 from msn_dist.memory.placement import Placement
 from msn_dist.memory.values import MemoryValues, ValueSharding
-from msn_dist.planner.layout import Layout
+from msn_dist.planner.layout import Layout, group_sizes
 from msn_dist.planner.load import Load, Message
 from msn_dist.planner.simulate import simulate, simulate_hits
 from msn_dist.planner.traffic import Demand
@@ -28,6 +28,7 @@ from ranks import run_ranks
 SLOTS, DIM, HITS = 1003, 24, 6  # of 1,003 rows the last rank of 2, 4 or 8 has fewer
 EVEN = 64  # bags of each of 8 ranks
 BAGS = {2: (5, 9), 4: (3, 0, 7, 4), 8: (4, 1, 0, 9, 2, 6, 3, 8)}
+GROUPS = {4: (2,), 8: (2, 4)}  # ranks of groups that are no nodes, by world size
 DEALS = {**{(world, bags): world for world, bags in BAGS.items()}, (8, (EVEN,) * 8): 4}  # ranks a node
 
 
@@ -37,21 +38,35 @@ def slots_of(bags: tuple[int, ...]) -> tuple[Tensor, ...]:
     return first_distinct(draws_MC, HITS).split(bags)
 
 
+def strategies_of(world: int) -> list[tuple[str, int | None]]:
+    """(strategy, ranks of two_level's groups; None: a node)."""
+    return [*((strategy, None) for strategy in STRATEGIES), *(("two_level", size) for size in GROUPS.get(world, ()))]
+
+
 def counted(rank: int, world: int) -> dict[tuple, tuple]:
-    """By (deal of bags, strategy): messages, bytes to each peer, and the owners' load of one step on this rank."""
+    """By (deal of bags, strategy, ranks a group): messages, bytes to each peer, and the owners' load of one step here.
+
+    Whatever the size of its groups, two_level has the sums of row_pooled.
+    """
     found = {}
     groups = {size: dist.new_group(list(range(size))) for size in BAGS}  # calls of all ranks
     for (size, bags), node in DEALS.items():
         if rank >= size:
             continue
-        for strategy in STRATEGIES:
-            table = MemoryValues(SLOTS, DIM, init_std=1.0, seed=0, sharding=ValueSharding(strategy), device="meta")
+        slots_ML, pooled = slots_of(bags)[rank], {}
+        weights_ML = torch.rand(slots_ML.shape, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+        for strategy, group_ranks in strategies_of(size):
+            sharding = ValueSharding(strategy, group_ranks=group_ranks)
+            table = MemoryValues(SLOTS, DIM, init_std=1.0, seed=0, sharding=sharding, device="meta")
             values = shard_values(table, groups[size], ValueOptimizer(), torch.device("cpu"), node)
-            slots_ML = slots_of(bags)[rank]
-            values(slots_ML, torch.rand(slots_ML.shape, requires_grad=True)).sum().backward()
+            pooled[strategy] = values(slots_ML, weights_ML)
+            pooled[strategy].sum().backward()
+            if strategy == "two_level":
+                torch.testing.assert_close(pooled[strategy], pooled["row_pooled"])
             traffic, load = values.exchange.traffic, values.health().owner_load_max_over_mean
-            found[bags, strategy] = traffic.by_message(), traffic.by_peer(), load
+            found[bags, strategy, group_ranks] = traffic.by_message(), traffic.by_peer(), load
             del values, table
+        del pooled
     gc.collect()
     return found
 
@@ -65,24 +80,52 @@ def found() -> list[dict[tuple, tuple]]:
 def test_exact_steps_are_those_of_real_ranks(strategy: str, found) -> None:
     for (world, bags), node in DEALS.items():
         demand = Demand.of(slots_of(bags), Placement.permuted(SLOTS))
-        step = simulate_hits(Layout(world, node, strategy), demand, DIM)
-        for rank in range(world):
-            messages, to_peers, load = found[rank][bags, strategy]
-            assert messages == {way: sent for way, sent in step.sent_W[rank].items() if sent}, (bags, rank)
-            assert sum(to_peers) == step.bytes_W[rank]
-            assert load == pytest.approx(step.owner_load)
+        for group_ranks in (size for name, size in strategies_of(world) if name == strategy):
+            step = simulate_hits(Layout(world, node, strategy, group_ranks=group_ranks), demand, DIM)
+            for rank in range(world):
+                messages, to_peers, load = found[rank][bags, strategy, group_ranks]
+                assert messages == {way: sent for way, sent in step.sent_W[rank].items() if sent}, (bags, rank)
+                assert sum(to_peers) == step.bytes_W[rank]
+                assert load == pytest.approx(step.owner_load)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_expected_messages_come_in_order_and_go_to_the_nodes_of_real_ranks(strategy: str, found) -> None:
+# (strategy, ranks a node, ranks a group): groups as large as a node, smaller and larger
+PLACES = [(strategy, 4, None) for strategy in STRATEGIES]
+PLACES += [("two_level", node, size) for node, size in ((4, 2), (8, 2), (8, 4), (2, 4), (1, 2), (1, 4))]
+
+
+@pytest.mark.parametrize(("strategy", "node", "group_ranks"), PLACES)
+def test_expected_messages_come_in_order_and_go_to_the_nodes_of_real_ranks(
+    strategy: str, node: int, group_ranks: int | None, found
+) -> None:
     even = (EVEN,) * 8
-    step = simulate(Layout(8, 4, strategy), Load.uniform(SLOTS, EVEN, HITS), DIM)
+    layout = Layout(8, node, strategy, group_ranks=group_ranks)
+    step = simulate(layout, Load.uniform(SLOTS, EVEN, HITS), DIM)
     names = list(dict.fromkeys((message.direction, message.name) for message in step.messages))
-    messages, *_ = found[0][even, strategy]
+    messages, *_ = found[0][even, strategy, group_ranks]
     assert names == [(way, name) for way in ("forward", "backward") for name in messages.get(way, {})]
-    to_peers_WW = torch.tensor([of_rank[even, strategy][1] for of_rank in found])
-    between = int(to_peers_WW[:4, 4:].sum() + to_peers_WW[4:, :4].sum())
+    to_peers_WW = torch.tensor([of_rank[even, strategy, group_ranks][1] for of_rank in found])
+    node_W = torch.arange(8) // node
+    between = int(to_peers_WW[node_W[:, None] != node_W].sum())
     assert step.bytes_between == pytest.approx(between / 8, rel=0.03)
+    assert step.bytes_sent == pytest.approx(int(to_peers_WW.sum()) / 8, rel=0.03)
+
+
+def test_groups_split_what_leaves_a_node_by_the_formulas() -> None:
+    """64 ranks in nodes of 8: of the docstring of two_level."""
+    sums = EVEN * DIM * 4
+    for size in (2, 4, 8, 16, 32):
+        step = simulate(Layout(64, 8, "two_level", group_ranks=size), Load.uniform(4096, EVEN, HITS), DIM)
+        groups = 64 // size
+        home = {m.name: m for m in step.messages if m.direction == "forward" and m.name.startswith("pooled")}
+        between = home["pooled_in_group"].bytes_between, home["pooled"].bytes_between
+        inside = home["pooled_in_group"].bytes_inside, home["pooled"].bytes_inside
+        if size <= 8:
+            assert between == pytest.approx((0, (64 - 8) // size * sums))
+            assert inside == pytest.approx(((size - 1) * groups * sums, (8 // size - 1) * sums))
+        else:
+            assert between == pytest.approx(((size - 8) * groups * sums, (groups - 1) * sums))
+            assert inside == pytest.approx((7 * groups * sums, 0))
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.05, 1.2])
@@ -96,13 +139,15 @@ def test_expected_bytes_are_the_mean_of_exact_ones(world: int, exponent: float) 
     ]
     load = Load.zipf(slots, bags, hits, exponent) if exponent else Load.uniform(slots, bags, hits)
     settings = [("fp32", "rowwise_adagrad"), ("int8", "sgd"), ("int8", "rowwise_adam")]
-    for strategy, (wire, optimizer) in product(STRATEGIES, settings):
-        layout, mean = Layout(world, 8, strategy, wire, optimizer=optimizer), {}
+    layouts = [Layout(world, 8, name, wire, optimizer=kind) for name, (wire, kind) in product(STRATEGIES, settings)]
+    layouts += [Layout(world, 8, "two_level", group_ranks=size) for size in group_sizes(world, 8)]
+    for layout in layouts:
+        mean = {}
         for sent in (sent for demand in demands for sent in simulate_hits(layout, demand, dim).sent_W):
             for way, messages in sent.items():
                 for name, size in messages.items():
                     mean[way, name] = mean.get((way, name), 0) + size / world / repeats
-        assert expected(simulate(layout, load, dim).messages) == pytest.approx(mean, rel=0.01), strategy
+        assert expected(simulate(layout, load, dim).messages) == pytest.approx(mean, rel=0.01), layout
 
 
 def expected(messages: list[Message]) -> dict[tuple[str, str], float]:

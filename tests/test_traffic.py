@@ -23,7 +23,8 @@ WIRES = ["fp32", "bf16", "fp16", "int8"]
 OPTIMIZERS = {"column": ["sgd", "rowwise_adam"], "replicated": ["sgd", "rowwise_adam"]}  # on which bytes depend
 BAGS = {1: [[5]], 2: [[4, 7], [0, 3]], 3: [[2, 0, 9]], 4: [[3, 5, 0, 2], [0, 0, 8, 0]]}  # of the ranks, by world size
 
-REFUSED = [("two_level", 3, DIM), ("column", 1, 6)]  # strategy, ranks a node, width, on 4 ranks
+# on 4 ranks: strategy, ranks a node, width, ranks a group as they are set
+REFUSED = [("two_level", 3, DIM, None), ("two_level", 2, DIM, 3), ("two_level", 2, DIM, 4), ("column", 1, 6, None)]
 
 
 def slots_of(bags: list[int]) -> list[torch.Tensor]:
@@ -39,26 +40,30 @@ def sharded(
     node: int = 1,
     optimizer: str = "rowwise_adagrad",
     dim: int = DIM,
+    group_ranks: int | None = None,
 ):
-    layout = ValueSharding(strategy, wire)
+    layout = ValueSharding(strategy, wire, group_ranks=group_ranks)
     table = MemoryValues(SLOTS, dim, init_std=1.0, seed=0, sharding=layout, device="meta")
     return shard_values(table, group, ValueOptimizer(kind=optimizer), torch.device("cpu"), node)
 
 
 def settings_of(strategy: str, size: int) -> list[tuple]:
-    """(wire, ranks a node, optimizer), those that are tested."""
-    nodes = (1, 2, 4) if strategy == "two_level" and size == 4 else (1,)
-    by_wire = [(wire, node, "rowwise_adagrad") for wire in WIRES for node in nodes]
+    """(wire, ranks a group, optimizer), those that are tested."""
+    groups = (1, 2, 4) if strategy == "two_level" and size == 4 else (1,)
+    by_wire = [(wire, group_ranks, "rowwise_adagrad") for wire in WIRES for group_ranks in groups]
     return by_wire + [("int8", 1, optimizer) for optimizer in OPTIMIZERS.get(strategy, [])]
 
 
 def counted(rank: int, world: int) -> dict[tuple, tuple[dict, list[int]]]:
-    """By (deal of bags, strategy, wire, ranks a node, optimizer): what this rank's exchange has counted in one step."""
+    """By (deal of bags, strategy, wire, ranks a group, optimizer): what this rank's exchange has counted in one step.
+
+    Groups of 1 and 4 are nodes; those of 2 are set, in nodes of 1 and of 4.
+    """
     found = {}
-    for strategy, node, dim in REFUSED:
+    for strategy, node, dim, group_ranks in REFUSED:
         with pytest.raises(InputError) as refusal:
-            sharded(strategy, dist.group.WORLD, node=node, dim=dim)
-        found["refused", strategy] = str(refusal.value)
+            sharded(strategy, dist.group.WORLD, node=node, dim=dim, group_ranks=group_ranks)
+        found["refused", strategy, group_ranks] = str(refusal.value)
     for size, deals in BAGS.items():
         group = dist.new_group(list(range(size)))  # a call of all ranks, for a group of some
         if rank >= size:
@@ -67,7 +72,9 @@ def counted(rank: int, world: int) -> dict[tuple, tuple[dict, list[int]]]:
             slots_ML = slots_of(bags)[rank]
             for strategy in STRATEGIES:
                 for setting in settings_of(strategy, size):
-                    values = sharded(strategy, group, *setting)
+                    wire, group_ranks, optimizer = setting
+                    asked, node = (2, 1 if wire == "fp32" else 4) if group_ranks == 2 else (None, group_ranks)
+                    values = sharded(strategy, group, wire, node, optimizer, group_ranks=asked)
                     weights_ML = torch.rand(slots_ML.shape, requires_grad=True)
                     values(slots_ML, weights_ML).sum().backward()
                     traffic = values.exchange.traffic
@@ -100,11 +107,16 @@ def test_every_message_has_the_bytes_of_its_formula(strategy: str, found) -> Non
 
 def test_what_no_deal_of_rows_or_columns_can_serve_is_refused_on_every_rank(found) -> None:
     for of_rank in found:
-        assert of_rank["refused", "two_level"] == (
+        assert of_rank["refused", "two_level", None] == (
             "memory.strategy=two_level: 4 ranks are not a multiple of the 3 of this node; start as many on every node, "
-            "or use row_pooled"
+            "set memory.group_ranks, or use row_pooled"
         )
-        assert "values of width 6 leave a rank of 4 without columns" in of_rank["refused", "column"]
+        for size in (3, 4):
+            assert of_rank["refused", "two_level", size] == (
+                f"memory.group_ranks={size}: 4 ranks are not several groups of {size}; "
+                "set it to 2, or leave it out for groups of a node"
+            )
+        assert "values of width 6 leave a rank of 4 without columns" in of_rank["refused", "column", None]
 
 
 def test_what_a_rank_keeps_and_what_is_empty_is_not_counted() -> None:

@@ -41,7 +41,9 @@ class Memory(nn.Module):
             init_std=config.value_init_std if config.value_init_std is not None else value_dim**-0.5,
             seed=seed,
             dtype=VALUE_DTYPES[config.value_dtype],
-            sharding=ValueSharding(config.strategy, config.wire, config.lookup, config.tier, config.cache),
+            sharding=ValueSharding(
+                config.strategy, config.wire, config.lookup, config.tier, config.cache, config.group_ranks
+            ),
             device=device,
         )
         self.gate = Gate(config.gate, width, value_dim)

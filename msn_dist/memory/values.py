@@ -28,6 +28,7 @@ class ValueSharding:
     lookup: str = "auto"
     tier: str = "device"
     cache: float = 0.1
+    group_ranks: int | None = None
 
 
 class MemoryValues(nn.Module):

@@ -118,6 +118,7 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
             situation.dim,
             layout.wire,
             layout.optimizer,
+            layout.group_ranks,
         )
         phases.append(Phase("retrieval and gate", model.memory))
         slower = _TBE if layout.lookup == "fbgemm" and machine.kind == "cuda" else (1.0, 1.0)

@@ -21,7 +21,7 @@ from msn_dist.planner.live_bytes import LiveBytes
 from msn_dist.planner.loopback import Expected, LoopbackExchange, bare_table
 
 aten = torch.ops.aten
-_NODES = 8  # up to which two_level is run as it is
+_GROUPS = 8  # up to which two_level is run as it is
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ def exchange_bytes(
     hit alike.
     """
     rest = {"chunks": chunks, "distinct": distinct, "device_type": device_type}
-    if layout.strategy == "two_level" and layout.nodes > _NODES:
+    if layout.strategy == "two_level" and layout.groups > _GROUPS:
         less, more = (
-            exchange_bytes(replace(layout, world=nodes * layout.ranks_per_node), slots, dim, bags, hits, **rest)
-            for nodes in (_NODES // 2, _NODES)
+            exchange_bytes(replace(layout, world=groups * layout.ranks_of_group), slots, dim, bags, hits, **rest)
+            for groups in (_GROUPS // 2, _GROUPS)
         )
-        return _extrapolated(less, more, layout.nodes)
+        return _extrapolated(less, more, layout.groups)
     bags = -(-bags // chunks)
     expected = Expected(layout, slots, bags, hits, distinct)
     exchange = LoopbackExchange(expected)
@@ -89,11 +89,11 @@ def exchange_bytes(
     return ExchangeBytes(kept, saved, with_output - saved < output, forward, backward)
 
 
-def _extrapolated(less: ExchangeBytes, more: ExchangeBytes, nodes: int) -> ExchangeBytes:
-    """Buffers of two_level grow linearly with the nodes; torch is slow at cutting one into thousands."""
-    half = _NODES // 2
+def _extrapolated(less: ExchangeBytes, more: ExchangeBytes, groups: int) -> ExchangeBytes:
+    """Buffers of two_level grow linearly with the groups; torch is slow at cutting one into thousands."""
+    half = _GROUPS // 2
     grown = {
-        kind: getattr(more, kind) + (getattr(more, kind) - getattr(less, kind)) * (nodes - _NODES) // half
+        kind: getattr(more, kind) + (getattr(more, kind) - getattr(less, kind)) * (groups - _GROUPS) // half
         for kind in ("kept", "saved", "forward", "backward")
     }
     return replace(more, **grown)

@@ -4,7 +4,8 @@
 strategy writes tensors of its own: encoding, decoding and adding up what travels, the division of gradients by W.
 
 Symbols as in docs/exchange.md: m bags of a rank, L hits a bag, n slots, D value width, e bytes of a value, W ranks,
-E(W) owners that a bag hits, U(R) distinct rows that R ranks hit.  Hits on an owner are those of the busiest one.
+E(W) owners that a bag hits, U(R) distinct rows that R ranks hit.  Hits on an owner are those of the busiest one.  The
+second level of two_level is another sum and its messages, of Q m rows where there are Q groups.
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
                 work.forward += [9 * world * load.bags, sums * dim * _FLOAT]
             # the gradient of a sum, once for each owner; divided by W
             work.backward = [8 * hits, sums * dim * _FLOAT, *_coded(layout.wire, sums, dim), 2 * sums * dim * _FLOAT]
+            if layout.strategy == "two_level":  # sums are put in the order of places, and their gradients back
+                by_place, second = 2 * sums * dim * _FLOAT, layout.groups * load.bags
+                both_ways = [by_place, *_coded(layout.wire, second, dim), second * dim * _FLOAT]
+                work.forward += both_ways
+                work.backward += both_ways
         case "row_gather" | "row_gather_unique":
             unique = layout.strategy == "row_gather_unique"
             rows = load.rows(1) if unique else hits

@@ -37,7 +37,7 @@ def _heading(plan: PlanFile) -> Table:
     if plan.memory is not None:
         memory = plan.memory
         cached = f", {plan.settings['memory.cache']:.2g} cached" if memory.tier == "host" else ""
-        lines.add_row("memory", f"{memory.strategy}, values {memory.values}{cached}, wire {memory.wire}")
+        lines.add_row("memory", f"{memory.layout}, values {memory.values}{cached}, wire {memory.wire}")
     lines.add_row("for", plan.demand)
     lines.add_row("because", plan.reason)
     return lines
@@ -96,8 +96,8 @@ def _rivals(plan: PlanFile) -> Table:
 
 
 def _name(rival: Rival, plan: PlanFile) -> str:
-    """Its strategy, and what else is not as in the plan."""
-    parts = [rival.memory.strategy]
+    """Its strategy with its groups, and what else is not as in the plan."""
+    parts = [rival.memory.layout]
     if rival.memory.tier != plan.memory.tier:
         parts.append(f"{rival.memory.tier} tier")
     if rival.memory.wire != plan.memory.wire:

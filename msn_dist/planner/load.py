@@ -186,11 +186,13 @@ def expected_bytes(
     dim: int,
     wire: str = "fp32",
     optimizer: ValueOptimizerKind = "rowwise_adagrad",
+    group_ranks: int | None = None,
 ) -> list[Message]:
     """The messages of a forward and backward in the order of time, without empty ones; none at W = 1.
 
     The formulas stand in the docstrings of the strategies (msn_dist/sharding) and, for any deal of hits, in
-    planner/traffic.py.  InputError if the ranks are not whole nodes, or one would hold no rows or columns.
+    planner/traffic.py.  `group_ranks`: of two_level's groups, a divisor or a multiple of a node; None: a node.
+    InputError if the ranks are not whole nodes and groups, or one would hold no rows or columns.
     """
     if world % ranks_per_node:
         raise InputError(f"{world} ranks are not a multiple of the {ranks_per_node} of a node; start as many on each")
@@ -223,12 +225,13 @@ def expected_bytes(
                 send("forward", "pooled", m * owners * away * value, most)
                 send("backward", "pooled_gradient", m * owners * away * value, most)
             else:
-                nodes = world // ranks_per_node
-                at_home, abroad = (ranks_per_node - 1) * nodes * m * value, (nodes - 1) * m * value
-                send("forward", "pooled_in_node", at_home, inside=1)
-                send("forward", "pooled", abroad, inside=0)
-                send("backward", "pooled_gradient", abroad, inside=0)
-                send("backward", "pooled_in_node_gradient", at_home, inside=1)
+                size = ranks_per_node if group_ranks is None else group_ranks
+                in_group, across = _shares_in_node(world, ranks_per_node, size)
+                at_home, abroad = (size - 1) * (world // size) * m * value, (world // size - 1) * m * value
+                send("forward", "pooled_in_group", at_home, inside=in_group)
+                send("forward", "pooled", abroad, inside=across)
+                send("backward", "pooled_gradient", abroad, inside=across)
+                send("backward", "pooled_in_group_gradient", at_home, inside=in_group)
             send("backward", "hits_gradient", hits_away * 4, skew)
         case "row_gather" | "row_gather_unique":
             unique = strategy == "row_gather_unique"
@@ -258,6 +261,21 @@ def expected_bytes(
         case _:
             raise ValueError(f"unknown strategy {strategy!r}")
     return messages
+
+
+def _shares_in_node(world: int, ranks_per_node: int, group_ranks: int) -> tuple[float, float]:
+    """Of the other ranks of a group, and of those with the same place in other groups; groups are consecutive ranks.
+
+    InputError if groups are not equal, or neither whole nodes nor parts of one.
+    """
+    if world % group_ranks or (ranks_per_node % group_ranks and group_ranks % ranks_per_node):
+        raise InputError(
+            f"memory.group_ranks={group_ranks}: {world} ranks in nodes of {ranks_per_node} are planned in groups that "
+            "are equal, and parts of a node or several nodes; set it to such a number, or leave it out"
+        )
+    in_group = (min(group_ranks, ranks_per_node) - 1) / max(1, group_ranks - 1)
+    across = (max(1, ranks_per_node // group_ranks) - 1) / max(1, world // group_ranks - 1)
+    return in_group, across
 
 
 def zipf(count: int, exponent: float) -> Tensor:

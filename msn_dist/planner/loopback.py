@@ -253,6 +253,6 @@ def bare_table(expected: Expected, dim: int, exchange: LoopbackExchange) -> Shar
                 values.placement.row_of(slots_ML), values.block, layout.world
             )
     if strategy is TwoLevel:
-        values.ranks_per_node = layout.ranks_per_node
+        values.group_ranks = layout.ranks_of_group
     values.usage = SlotUsage(rows, device)
     return values

@@ -10,9 +10,11 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from msn_dist.config import MemoryConfig, RunConfig
 from msn_dist.errors import InputError
+from msn_dist.planner.layout import in_groups
 from msn_dist.strict_yaml import Part, parse
 
-_FREE = {"memory.strategy", "memory.wire", "memory.value_dtype", "memory.tier"}  # what the plan itself decides
+# what the plan itself decides
+_FREE = {"memory.strategy", "memory.wire", "memory.value_dtype", "memory.tier", "memory.group_ranks"}
 
 
 Count = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -25,6 +27,12 @@ class PlannedMemory(Part):
     wire: str
     value_dtype: str
     tier: str = "device"
+    group_ranks: int | None = None
+
+    @property
+    def layout(self) -> str:
+        """The strategy, and its groups if they are not nodes."""
+        return in_groups(self.strategy, self.group_ranks)
 
     @property
     def values(self) -> str:

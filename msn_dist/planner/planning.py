@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from msn_dist.planner.cost import WAITING
+from msn_dist.planner.cost import WAITING, StepTime
 from msn_dist.planner.dense_trace import StepTrace
 from msn_dist.planner.id_tables import NoRoom
 from msn_dist.planner.plan_file import PlanFile, PlannedMemory, PlannedPhase, PlannedTable, Rival, settings_of
@@ -59,14 +59,15 @@ def plan(situation: Situation, rounding: bool, date: str) -> PlanFile | Infeasib
             for phase in chosen.time.phases
         ],
         owner_load=1.0 if situation.memory is None else simulate(layout, situation.load, situation.dim).owner_load,
-        reason=_reason(chosen, [one for one in rivals if rounding or search.exact(one.layout)], situation),
+        reason=_reason(chosen, [one for one in rivals if rounding or search.exact(one.layout)], situation)
+        + _why_no_nodes(chosen, search),
         rivals=[
             Rival(
                 memory=_memory(one),
                 seconds=one.time.seconds,
                 bytes=one.fullest,
                 rounds=not search.exact(one.layout),
-                why=_lacking(one) if one.short else _slower(one, chosen),
+                why=_lacking(one) if one.short else _slower(one.time, chosen.time),
             )
             for one in (rivals if situation.memory else ())
         ],
@@ -83,7 +84,13 @@ def _rivals(priced: list[Priced], chosen: Priced, search: Search) -> list[Priced
 
 def _memory(priced: Priced) -> PlannedMemory:
     layout = priced.layout
-    return PlannedMemory(strategy=layout.strategy, wire=layout.wire, value_dtype=layout.value_dtype, tier=layout.tier)
+    return PlannedMemory(
+        strategy=layout.strategy,
+        wire=layout.wire,
+        value_dtype=layout.value_dtype,
+        tier=layout.tier,
+        group_ranks=layout.group_ranks,
+    )
 
 
 def _id_tables(search: Search) -> dict[str, dict[str, PlannedTable]]:
@@ -125,11 +132,19 @@ def _reason(chosen: Priced, rivals: list[Priced], situation: Situation) -> str:
     return f"the next best is {_next_best(fitting[0], chosen)}"
 
 
+def _why_no_nodes(chosen: Priced, search: Search) -> str:
+    """What two_level would take in groups of a node; nothing if these are what it has."""
+    if chosen.layout.group_ranks is None:
+        return ""
+    in_nodes = search.time(replace(chosen.layout, group_ranks=None))
+    return f"; in groups of a node: {_slower(in_nodes, chosen.time)}"
+
+
 def _next_best(one: Priced, chosen: Priced) -> str:
-    name = one.layout.strategy
+    name = str(one.layout)
     if one.layout.tier != chosen.layout.tier:
-        name = f"{one.layout.tier} tier" if name == chosen.layout.strategy else f"{one.layout.tier} tier, {name}"
-    return f"{name}: {_slower(one, chosen)}"
+        name = f"{one.layout.tier} tier" if name == str(chosen.layout) else f"{one.layout.tier} tier, {name}"
+    return f"{name}: {_slower(one.time, chosen.time)}"
 
 
 def _lacking(one: Priced) -> str:
@@ -137,14 +152,13 @@ def _lacking(one: Priced) -> str:
     return f"lacks {binary(one.short_of_host)} of host memory" if one.short_of_host else f"lacks {binary(one.short)}"
 
 
-def _slower(one: Priced, chosen: Priced) -> str:
+def _slower(one: StepTime, chosen: StepTime) -> str:
     """By how much, and in which phase most of it is."""
-    if all(any(phase.name == WAITING for phase in priced.time.phases) for priced in (one, chosen)):
-        return f"as fast, the host is slower: device {1e3 * one.time.device:.3g}, not {1e3 * chosen.time.device:.3g}"
-    share = one.time.seconds / chosen.time.seconds - 1
+    if all(any(phase.name == WAITING for phase in time.phases) for time in (one, chosen)):
+        return f"as fast, the host is slower: device {1e3 * one.device:.3g}, not {1e3 * chosen.device:.3g}"
+    share = one.seconds / chosen.seconds - 1
     theirs, ours = (
-        {phase.name: phase.exposed for phase in priced.time.phases if phase.name != WAITING}
-        for priced in (one, chosen)
+        {phase.name: phase.exposed for phase in time.phases if phase.name != WAITING} for time in (one, chosen)
     )
     sign = 1 if share >= 0 else -1
     most = max(theirs, key=lambda name: sign * (theirs[name] - ours[name]))

@@ -1,6 +1,7 @@
 """Prices every layout of a situation, and chooses: the fastest that fits, without a change of the numbers.
 
-A layout is a strategy, what values are stored and travel as, and the memory that they lie in.
+A layout is a strategy, what values are stored and travel as, and the memory that they lie in.  two_level stands there
+in groups of the size that takes the least time; what it holds does not depend on it.
 
 Layouts that round more than the config says (16 bits a value, 16 or 8 on the wire) are priced as well, and chosen if
 that is allowed.
@@ -9,7 +10,7 @@ that is allowed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import get_args
 
@@ -18,7 +19,7 @@ from msn_dist.errors import InputError
 from msn_dist.planner.cost import ModelTime, StepTime, step_time
 from msn_dist.planner.dense_trace import StepTrace, trace_step
 from msn_dist.planner.id_placement import IdPlan, place_ids
-from msn_dist.planner.layout import Layout
+from msn_dist.planner.layout import Layout, group_sizes
 from msn_dist.planner.situation import Situation
 from msn_dist.planner.storage import Storage, rank_storage
 
@@ -70,6 +71,7 @@ class Search:
     ) -> None:
         self.situation = situation
         self.trace = _traced(situation, {} if traces is None else traces)
+        self._model = ModelTime.of(self.trace, situation.machine)
         self.layouts = list(self._layouts()) if situation.memory else [situation.bare_layout]
         if ids is None:
             capacity = situation.topology.device_bytes
@@ -83,8 +85,7 @@ class Search:
             without = on_device if on_device <= capacity else min(totals.values())
             ids = IdPlan([], 0.0) if without > capacity else place_ids(situation, without)
         self.ids = ids
-        self._model = ModelTime.of(self.trace, situation.machine)
-        self._times = {layout: step_time(situation, layout, self._model, ids.seconds) for layout in self.layouts}
+        self._times = {layout: self.time(layout) for layout in self.layouts}
         # where the host is what is waited for, the device decides
         self._by_time = sorted(self.layouts, key=lambda one: (self._times[one].seconds, self._times[one].device))
 
@@ -103,6 +104,10 @@ class Search:
         """The first as exact as the config that fits."""
         priced = (self._price(layout) for layout in self._by_time if self.exact(layout))
         return next((one for one in priced if not one.short), None)
+
+    def time(self, layout: Layout) -> StepTime:
+        """Of one of `layouts`, or of two_level in groups of another size."""
+        return step_time(self.situation, layout, self._model, self.ids.seconds)
 
     def _price(self, layout: Layout) -> Priced:
         storage_W = self._storage_W(layout, self.ids.tables)
@@ -126,6 +131,7 @@ class Search:
             for strategy in get_args(Strategy) if memory else ():
                 if _why_not(there, strategy) is None and tier in _tiers(there, strategy, memory.value_dtype):
                     layout = there.layout(strategy, memory.wire, memory.value_dtype, tier)
+                    layout = in_best_groups(there, layout, self._model)
                     seconds = step_time(there, layout, self._model, self.ids.seconds).seconds
                     curves.setdefault(strategy, []).append([topology.world, seconds])
         return curves
@@ -145,12 +151,24 @@ class Search:
         for strategy in possible:
             for dtype in dtypes:
                 for wire, tier in product(wires, _tiers(self.situation, strategy, dtype)):
-                    yield self.situation.layout(strategy, wire, dtype, tier)
+                    layout = self.situation.layout(strategy, wire, dtype, tier)
+                    yield in_best_groups(self.situation, layout, self._model)
 
     def _storage_W(self, layout: Layout, tables: list) -> list[Storage]:
         situation = self.situation
         distinct = None if situation.memory is None else round(situation.load.rows(1))
         return rank_storage(situation.config, situation.schema, layout, self.trace, tables, distinct)
+
+
+def in_best_groups(situation: Situation, layout: Layout, model: ModelTime) -> Layout:
+    """two_level in groups of the size whose exchange is the fastest, nodes if none is faster; others as they are."""
+    if layout.strategy != "two_level":
+        return layout
+    sizes = group_sizes(layout.world, layout.ranks_per_node)
+    return min(
+        (replace(layout, group_ranks=size) for size in sizes),
+        key=lambda one: step_time(situation, one, model, id_seconds=0.0).exchange,
+    )
 
 
 def _tiers(situation: Situation, strategy: str, value_dtype: str) -> tuple[str, ...]:
@@ -168,7 +186,7 @@ def _why_not(situation: Situation, strategy: str) -> str | None:
     if strategy in ("column", "replicated") and situation.memory.lookup in ("fbgemm", "triton"):
         return f"{strategy} takes part of every step from other ranks, which lookup: {situation.memory.lookup} cannot"
     if strategy == "two_level" and 1 in (topology.nodes, topology.ranks_per_node):
-        return "two_level needs several nodes of several ranks"
+        return "two_level needs several nodes of several ranks"  # else its bytes are row_pooled's, one after the other
     if strategy == "column" and -(-dim // world) * (world - 1) >= dim:
         return f"column: values of width {dim} leave a rank of {world} without columns"
     if strategy != "column" and -(-slots // world) * (world - 1) >= slots:

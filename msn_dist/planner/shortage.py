@@ -31,7 +31,7 @@ def lack_of_all(situation: Situation, priced: list[Priced], search: Search) -> s
 
 def _lack_of(least: Priced, situation: Situation, search: Search) -> str:
     """Of the fullest rank."""
-    how = f" with {least.layout.strategy}, which needs least" if situation.memory else ""
+    how = f" with {least.layout}, which needs least" if situation.memory else ""
     if least.short_of_host:
         host = max((storage.host for storage in least.storage_W), key=lambda host: host.total)
         return (

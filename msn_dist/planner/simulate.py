@@ -50,7 +50,7 @@ def simulate_hits(layout: Layout, demand: Demand, dim: int) -> ExactStep:
     }.get(layout.strategy, demand.hits_WW.sum(0))
     mean = float(hits_of_rank_W.double().mean())
     load = float(hits_of_rank_W.max()) / mean if mean else 1.0
-    sent_W = bytes_of_step(layout.strategy, demand, dim, layout.wire, layout.ranks_per_node, layout.optimizer)
+    sent_W = bytes_of_step(layout.strategy, demand, dim, layout.wire, layout.ranks_of_group, layout.optimizer)
     return ExactStep(sent_W, load)
 
 
@@ -58,5 +58,5 @@ def simulate(layout: Layout, load: Load, dim: int) -> ExpectedStep:
     """The expected step if every rank has this load; InputError if the strategy cannot serve so many ranks."""
     even = layout.world == 1 or layout.strategy in ("column", "replicated")
     owner_load = 1.0 if even else load.owner_load(layout.world, once=layout.strategy == "row_gather_unique")
-    ranks = layout.world, layout.ranks_per_node
-    return ExpectedStep(expected_bytes(layout.strategy, *ranks, load, dim, layout.wire, layout.optimizer), owner_load)
+    ranks, rest = (layout.world, layout.ranks_per_node), (layout.wire, layout.optimizer, layout.group_ranks)
+    return ExpectedStep(expected_bytes(layout.strategy, *ranks, load, dim, *rest), owner_load)

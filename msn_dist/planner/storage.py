@@ -17,7 +17,7 @@ and the peak is the largest such sum.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from msn_dist.config import RunConfig
@@ -169,7 +169,8 @@ def _held(
     if look_up.kind == "memory":
         size = slots_of(config), look_up.dim, look_up.bags, look_up.hits
         rest = {"chunks": config.memory.chunks, "distinct": distinct, "device_type": device_type}
-        return exchange_bytes(layout, *size, **rest)
+        # two_level holds as much in groups of any size, and is soon run in small ones
+        return exchange_bytes(replace(layout, group_ranks=None), *size, **rest)
     return _held_by_ids(layout.world, look_up, id_dims)
 
 

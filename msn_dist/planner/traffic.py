@@ -64,10 +64,13 @@ def bytes_of_step(
     demand: Demand,
     dim: int,
     wire: str = "fp32",
-    ranks_per_node: int = 1,
+    group_ranks: int = 1,
     optimizer: ValueOptimizerKind = "rowwise_adagrad",
 ) -> list[dict[str, dict[str, int]]]:
-    """{direction: {message: bytes}} that each rank sends to others in one forward and backward."""
+    """{direction: {message: bytes}} that each rank sends to others in one forward and backward.
+
+    `group_ranks`: of two_level's groups, which the ranks are a multiple of.
+    """
     world = len(demand.bags_W)
     if world == 1:
         return [{}]
@@ -93,15 +96,14 @@ def bytes_of_step(
                 due_W, owed_W = _away(demand.pairs_WW)
                 forward["pooled"], backward["pooled_gradient"] = owed_W * value, due_W * value
             else:
-                inside = ranks_per_node
-                bags_QV = demand.bags_W.view(-1, inside)
-                of_place_V = bags_QV.sum(0)  # bags of the ranks with the same place in their nodes
+                bags_QV = demand.bags_W.view(-1, group_ranks)
+                of_place_V = bags_QV.sum(0)  # bags of the ranks with the same place in their groups
                 other_places_W = (of_place_V.sum() - of_place_V).repeat(len(bags_QV))
                 same_place_W = of_place_V.repeat(len(bags_QV))
-                forward["pooled_in_node"] = other_places_W * value
+                forward["pooled_in_group"] = other_places_W * value
                 forward["pooled"] = (same_place_W - demand.bags_W) * value
                 backward["pooled_gradient"] = (len(bags_QV) - 1) * demand.bags_W * value
-                backward["pooled_in_node_gradient"] = (inside - 1) * same_place_W * value
+                backward["pooled_in_group_gradient"] = (group_ranks - 1) * same_place_W * value
         case "row_gather" | "row_gather_unique":
             asked_W, owed_W = _away(demand.hits_WW if strategy == "row_gather" else demand.distinct_WW)
             forward = headers(1) | {"rows": asked_W * row, "values": owed_W * value}

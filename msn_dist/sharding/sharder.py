@@ -19,7 +19,7 @@ class MemoryValuesSharder(ModuleSharder[MemoryValues]):
     """Pass it to DistributedModelParallel beside TorchRec's own sharders."""
 
     def __init__(self, optimizer: ValueOptimizer | None = None, ranks_per_node: int | None = None) -> None:
-        """`ranks_per_node` matters to the strategy two_level; None: LOCAL_WORLD_SIZE, as torchrun sets it."""
+        """`ranks_per_node`: of two_level's groups, if no size is set; None: LOCAL_WORLD_SIZE, as torchrun sets it."""
         super().__init__()
         self._optimizer = optimizer or ValueOptimizer()
         self._ranks_per_node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", 1))

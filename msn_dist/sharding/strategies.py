@@ -12,7 +12,7 @@ from msn_dist.sharding.replicated import Replicated
 from msn_dist.sharding.row_gather import RowGather, RowGatherUnique
 from msn_dist.sharding.row_pooled import RowPooled, RowPooledSparse
 from msn_dist.sharding.sharded_values import ShardedMemoryValues
-from msn_dist.sharding.two_level import TwoLevel
+from msn_dist.sharding.two_level import TwoLevel, ranks_of_group
 from msn_dist.sharding.value_optimizer import ValueOptimizer
 
 STRATEGIES: dict[str, type[ShardedMemoryValues]] = {
@@ -33,10 +33,14 @@ def shard_values(
     device: torch.device,
     ranks_per_node: int,
 ) -> ShardedMemoryValues:
-    """`table` over the ranks of `group`, as `table.sharding` says; a collective call."""
+    """`table` over the ranks of `group`, as `table.sharding` says; a collective call.
+
+    `ranks_per_node` is the size of two_level's groups where `table.sharding` has none.
+    """
     if group.size() == 1:
         return Local(table, group, optimizer, device)
     strategy = STRATEGIES[table.sharding.strategy]
     if strategy is TwoLevel:
-        return TwoLevel(table, group, optimizer, device, ranks_per_node)
+        group_ranks = ranks_of_group(table.sharding.group_ranks, group.size(), ranks_per_node)
+        return TwoLevel(table, group, optimizer, device, group_ranks)
     return strategy(table, group, optimizer, device)

@@ -38,7 +38,7 @@ def _story(plan: PlanFile) -> str:
     if plan.memory is None:
         return f"{made}; {plan.reason}."
     memory = plan.memory
-    chosen = f"{memory.strategy}, values {memory.values}, wire {memory.wire}"
+    chosen = f"{memory.layout}, values {memory.values}, wire {memory.wire}"
     return f"{made}. Chosen: {chosen}, because {plan.reason}."
 
 
@@ -120,7 +120,7 @@ def _rivals(plan: PlanFile) -> Grid:
     return Grid(
         ["layout", "values", "wire", "a step", "fullest rank", ""],
         [
-            [memory.strategy, memory.values, memory.wire, _ms(seconds), binary(size), why]
+            [memory.layout, memory.values, memory.wire, _ms(seconds), binary(size), why]
             for memory, seconds, size, why in rows
         ],
         told=True,
