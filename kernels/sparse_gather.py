@@ -174,6 +174,13 @@ def _launch(
     shape: GatherShape | None,
 ) -> None:
     width = values_RD.shape[1]
+    if values_RD.dtype == torch.float8_e4m3fn and values_RD.is_cuda:
+        capability = torch.cuda.get_device_capability(values_RD.device)
+        if capability < (8, 9):
+            raise ValueError(
+                "values are float8_e4m3fn, which takes compute capability 8.9, and this GPU has "
+                f"{capability[0]}.{capability[1]}: give int8 with scales"
+            )
     if values_RD.dtype == torch.int8 and scale_R is None:
         raise ValueError("values are int8 and have no scales: give scale_R, float32 [R]")
     if scale_R is not None:

@@ -87,6 +87,8 @@ def plan(
     if zipf is not None and usage is not None:
         raise InputError("--zipf and --usage both say which slots are hit; leave one out")
     config = load_config(config_path, overrides)
+    if config.memory is None and (zipf is not None or usage is not None):
+        raise InputError("--zipf and --usage tell which slots of a memory are hit; this config has none, leave it out")
     topology = load_topology(topology_path)
     if most_gib is not None:
         topology = topology.model_copy(update={"device_gib": min(most_gib, topology.device_gib)})

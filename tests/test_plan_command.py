@@ -144,6 +144,12 @@ def test_a_popularity_is_given_once(folder: Path, capsys: pytest.CaptureFixture)
     assert "no memory_usage.json" in capsys.readouterr().err
 
 
+def test_a_popularity_without_a_memory_is_refused(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    without = ("memory=null", "model.block=ffn")
+    assert msn("plan", folder / "config.yaml", *without, "--topology", folder / "topology.yaml", "--zipf", "1") == 2
+    assert "this config has none" in capsys.readouterr().err
+
+
 MOST_MEMORY = """
 import re, sys
 from msn_dist.launch.cli import main
