@@ -1,7 +1,8 @@
 """python -m benchmarks.plan_accuracy: what `msn plan` says of a step, and what `msn train --plan` takes.
 
 For every number of ranks the machine is calibrated anew; then every shape is planned, trained for 60 steps on the
-planted set, and compared: milliseconds of a step (from the 11th to the 50th), and on a GPU the peak of its memory.
+planted set, and compared: milliseconds of a step (from the 11th to the 50th), and on a GPU the peak of its memory, as
+planned for the fullest rank and measured on the first.
 Slots are expected to be hit as a first such run has counted them (`msn plan --usage`).
 
 --strategies trains every other exact strategy as well, from the same plan with its strategy changed, and tells how
@@ -134,7 +135,9 @@ def compared(place: Place, shape: str, strategies: bool) -> Iterator[dict[str, A
     msn(*planning, "--usage", str(before))
     planned = json.loads(plan.read_text())
     forecast = trained(place, config, plan, place.folder / f"{name}.run")
-    yield row(place, shape, planned["memory"]["strategy"], True, forecast["seconds_planned"], forecast)
+    fullest = max(map(sum, zip(*planned["storage"].values(), strict=True)))
+    seconds = forecast["seconds_planned"]
+    yield row(place, shape, planned["memory"]["strategy"], True, seconds, forecast | {"bytes_planned": fullest})
     for rival in planned["rivals"] if strategies else ():
         if rival["rounds"] or rival["why"].startswith("lacks"):
             continue

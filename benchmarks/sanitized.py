@@ -1,11 +1,11 @@
-"""compute-sanitizer python -m benchmarks.sanitized: every kernel at its main shapes, for a tool that watches memory.
+"""compute-sanitizer python -m benchmarks.sanitized: the kernels of a training step, for a tool that watches memory.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck  python -m benchmarks.sanitized
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python -m benchmarks.sanitized
 
 Without torch's cache of blocks, an access past a tensor is one past an allocation.  Sizes are those of
-benchmarks.kernels with fewer queries and bags, as the tools slow a kernel down 10 to 100 times.  Nothing is compared
-here: the tests do that.
+benchmarks.kernels with fewer queries and bags, as the tools slow a kernel down 10 to 100 times.  Rows of 8 bits and the
+gather that gates are left out, as no step has them.  Nothing is compared here: the tests do that.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import sys
 
 import torch
 
-from msn_dist.kernels import bucketing, ops
+from msn_dist.kernels import bucketing, gate, ops
 
 RETRIEVALS = ((2048, 1024, 64, 32), (1024, 4096, 64, 32), (256, 32768, 64, 32), (513, 100, 48, 17))  # M, N, E, k
 TABLES = ((2**20, 64), (2**20, 128), (2**18, 1024), (1001, 20))  # rows, width
 BAGS, HITS = 1025, 32
 RANKS = (2, 8, 64)
+TOKENS = ((64, 16, 1024), (33, 3, 100))  # B, T, D
 RULES = ("rowwise_adagrad", "sgd", "rowwise_adam")
 NUMBERS = [0.01, 1e-8, 0.9, 0.999]  # lr, eps, beta1, beta2
 
@@ -31,7 +32,7 @@ def main() -> int:
         return 2
     run_all(torch.device("cuda"))
     torch.cuda.synchronize()
-    print(f"every kernel has run on {torch.cuda.get_device_name()}")
+    print(f"the kernels of a step have run on {torch.cuda.get_device_name()}")
     return 0
 
 
@@ -45,9 +46,21 @@ def run_all(device: torch.device) -> None:
             weights_MHK.square().sum().backward()
         for rows, width in TABLES:
             look_up_and_step(rows, width, dtype, device)
+        for shape in TOKENS:
+            gated(shape, dtype, device)
     for ranks in RANKS:
         row_ML = torch.randint(2**20, (BAGS, HITS), device=device)
         bucketing.bucket_hits(row_ML, -(-(2**20) // ranks), ranks)
+
+
+def gated(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+    """Every gate, both ways; the gradient comes transposed, as from a network with weights for every token."""
+    batch, tokens, width = shape
+    for kind in gate.KINDS:
+        x_BTD = torch.randn(shape, device=device, requires_grad=True)
+        v_BTD = torch.randn(shape, device=device).to(dtype).requires_grad_()
+        g_TBD = torch.randn(tokens, batch, width, device=device)
+        gate.gate(x_BTD, v_BTD, kind).backward(g_TBD.transpose(0, 1))
 
 
 def look_up_and_step(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:

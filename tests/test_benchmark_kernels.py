@@ -184,6 +184,7 @@ def test_the_plot_is_drawn_from_the_csv(bench, tmp_path: Path):
 
 
 def test_what_the_sanitizer_watches_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RETRIEVALS": ((5, 20, 16, 4),), "TABLES": ((50, 8),), "BAGS": 3, "HITS": 4}.items():
+    small = {"RETRIEVALS": ((5, 20, 16, 4),), "TABLES": ((50, 8),), "BAGS": 3, "HITS": 4, "TOKENS": ((2, 3, 5),)}
+    for name, value in small.items():
         monkeypatch.setattr(sanitized, name, value)
     sanitized.run_all(DEVICE)

@@ -145,7 +145,7 @@ def test_a_popularity_is_given_once(folder: Path, capsys: pytest.CaptureFixture)
 
 
 def test_a_popularity_without_a_memory_is_refused(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    without = ("memory=null", "model.block=ffn")
+    without = ("memory=null", "model.block=ffn", "model.memory_layers=null")
     assert msn("plan", folder / "config.yaml", *without, "--topology", folder / "topology.yaml", "--zipf", "1") == 2
     assert "this config has none" in capsys.readouterr().err
 

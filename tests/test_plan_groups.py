@@ -28,7 +28,7 @@ NOTHING_ELSE = ModelTime(dense=0.0, memory=0.0, optimizer=0.0, operators=0, para
 
 def linked(nodes: int, ranks_per_node: int, inside_gb_s: float, **memory: object) -> Situation:
     """Between nodes 40 GB/s; 128 hits a bag, for which sums are less than rows."""
-    here = situation(nodes, ranks_per_node, **{"sub_keys": 2048, "top_k": 128} | memory)
+    here = situation(nodes, ranks_per_node, **{"sub_keys": 2048, "top_k": 128, "rows": 4096} | memory)
     inside = Link(bandwidth_gb_s=inside_gb_s, latency_us=20)
     return replace(here, topology=here.topology.model_copy(update={"inside_node": inside}))
 

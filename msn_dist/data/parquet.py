@@ -81,7 +81,7 @@ class ParquetReader:
 
         Args:
             batches: batches of this epoch that were used, where the consumer is behind the reader
-                (`in_step` reads one batch ahead); default: all that were yielded.
+                (`in_step` reads one batch ahead, `on_device` another one); default: all that were yielded.
         """
         used = self._batches if batches is None else batches
         return {"epoch": self._epoch, "batches": used, "reader": self._identity()}

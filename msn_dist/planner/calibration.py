@@ -40,12 +40,12 @@ def calibrate(
     group: dist.ProcessGroup,
     control: dist.ProcessGroup,
     versions: dict[str, str | None],
-    tiny: Callable[[], TinyStep],
+    tiny_step: Callable[[], TinyStep],
     say: Say = lambda line: None,
 ) -> Machine:
     """The profile of one rank of `group`; a collective call.  `say` is told what is measured next.
 
-    `tiny` makes a training step whose time on a GPU is its host's, with its config, schema and rows.
+    `tiny_step` makes a training step whose time on a GPU is its host's, with its config, schema and rows.
     """
     clock = Stopclock(device, control)
     gpu = device.type == "cuda"
@@ -55,9 +55,9 @@ def calibrate(
         return Curve(points=[[float(size), measure(size)] for size in sizes], source="measured")
 
     say("operators")
-    tiny = torch.zeros(16, device=device)
-    operator = clock.seconds(lambda: tiny + 1)
-    dispatch = _dispatch(clock, tiny()) if gpu else 0.0
+    few = torch.zeros(16, device=device)
+    operator = clock.seconds(lambda: few + 1)
+    dispatch = _dispatch(clock, tiny_step()) if gpu else 0.0
     large = 2**30 if gpu else 2**27
     figures = {
         "copy_rate": curve(

@@ -132,7 +132,7 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
         Phase("id tables", id_seconds),
         _dense_gradients(model, machine, topology),
         Phase("optimizer", model.optimizer),
-        Phase("batch to the device", _batch(situation)),
+        _batch(situation),
     ]
     device = sum(phase.exposed for phase in phases)
     chunks = situation.memory.chunks if memories else 0
@@ -261,12 +261,13 @@ def _dense_gradients(model: ModelTime, machine: Machine, topology: Topology) -> 
     return Phase("dense gradients", seconds, hidden, sent)
 
 
-def _batch(situation: Situation) -> float:
-    """Copied by the training process before a step."""
-    if situation.machine.kind == "cpu":
-        return 0.0
-    size = batch_bytes(situation.schema, situation.rows)
-    return size / situation.machine.host_link.at(size)
+def _batch(situation: Situation) -> Phase:
+    """Copied to a GPU beside the step before (data.on_device)."""
+    seconds = 0.0
+    if situation.machine.kind == "cuda":
+        size = batch_bytes(situation.schema, situation.rows)
+        seconds = size / situation.machine.host_link.at(size)
+    return Phase("batch to the device", seconds, hidden=seconds)
 
 
 def _link(collective: Collective, topology: Topology) -> tuple[float, float]:

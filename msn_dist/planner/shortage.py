@@ -75,7 +75,8 @@ def _changes(situation: Situation, traces: dict[str, StepTrace]) -> Iterator[tup
                 search = Search(changed, traces)
             except (NoRoom, InputError):
                 continue
-            if fitting := search.fastest():
+            fitting = search.fastest()
+            if fitting and (changes is not _to_the_host or fitting.layout.tier == "host"):
                 found += 1
                 yield name, binary(fitting.fullest) + (f", host {binary(fitting.host)}" if fitting.host else "")
                 break
@@ -90,6 +91,8 @@ def _to_the_host(situation: Situation) -> Iterator[tuple[str, Situation]]:
     """With what else that takes: of the memory, and of a topology that does not say how much the host has."""
     memory, topology = situation.memory, situation.topology
     if memory is None or situation.why_no_host_tier() is None or situation.machine.kind == "cpu":
+        return
+    if situation.optimizer == "rowwise_adam":  # whose state has no cache
         return
     changes: dict[str, str | int] = {}
     if memory.lookup in ("reference", "triton"):

@@ -122,7 +122,7 @@ def rank_storage(
                 cache=memories * cache_bytes(value_rows, row_bytes, config.memory.cache) if on_host else 0,
                 usage=memories * counted_rows * _USAGE,
                 dense_gradients=dense,
-                batch=batch_bytes(schema, trace.rows),
+                batch=(2 if on_gpu else 1) * batch_bytes(schema, trace.rows),  # a GPU is sent one ahead
                 activations=activations,
                 margin=int(_FRAGMENTATION * activations) if on_gpu else 0,
                 host=HostStorage(values, values + sum(saved.values())) if on_host else HostStorage(),

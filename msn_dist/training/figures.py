@@ -101,7 +101,9 @@ def line_chart(
         end = max((max(line.x) for line in lines), default=0) or 1
         axes.set_xlim(-0.01 * end, 1.02 * end)
         low, high = axes.get_ylim()
-        axes.set_ylim(low if bottom is None else bottom, max(high, top_at_least))
+        if bottom is not None:  # a level curve would lie on the upper edge
+            low, high = bottom, bottom + 1.05 * (high - bottom)
+        axes.set_ylim(low, max(high, top_at_least))
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=format_x is count, min_n_ticks=1))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_x(value)))
         axes.set_xlabel(x_label)

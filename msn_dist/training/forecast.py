@@ -18,46 +18,34 @@ _LAST = 50  # the first fifth is warm-up
 class Forecast:
     """Measures the steps up to the 50th, or up to the first evaluation.
 
-    The time of a step is the training process's, without what it waits for the reader.  A GPU, which works behind the
-    host, is waited for at either end.
+    The time of a step is without what it waits for the reader: on a CPU that of the training process between two reads;
+    on a GPU, which works behind its host, from when it comes to what a step asks of it until that is done.
     """
 
     def __init__(self, plan: PlanFile, ranks: Ranks, steps_to_evaluation: int) -> None:
         self._plan, self._ranks = plan, ranks
         self.last = min(_LAST, steps_to_evaluation)
         self._first = self.last // 5
-        self._reading = self._start = 0.0
+        self._clock = (_DeviceClock if ranks.device.type == "cuda" else _HostClock)()
         self.seconds: float | None = None  # a step, once measured
         self.bytes: int | None = None  # most that tensors of this rank took, on a GPU
 
     def watched(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The same, while it is noted how long each was waited for."""
-        iterator = iter(batches)
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self._reading += time.perf_counter() - start
+        """The same, while it is noted when each has come."""
+        for batch in batches:
+            self._clock.begin()
             yield batch
 
     def after(self, step: int) -> str | None:
         """To be called after every step; the comparison, once."""
-        if step == self._first:
-            self._start = self._now()
-        elif step == self.last and self.last > self._first:
-            self.seconds = (self._now() - self._start) / (self.last - self._first)
+        if self._first < step <= self.last:
+            self._clock.end()
+        if step == self.last and self.last > self._first:
+            self.seconds = self._clock.seconds() / (self.last - self._first)
             if self._ranks.device.type == "cuda":
                 self.bytes = torch.cuda.max_memory_allocated(self._ranks.device)
             return str(self)
         return None
-
-    def _now(self) -> float:
-        """Seconds spent on steps."""
-        if self._ranks.device.type == "cuda":
-            torch.cuda.synchronize(self._ranks.device)
-        return time.perf_counter() - self._reading
 
     def __str__(self) -> str:
         said, took = 1e3 * self._plan.seconds, 1e3 * self.seconds
@@ -78,3 +66,40 @@ class Forecast:
 
     def _planned_bytes(self) -> int:
         return self._plan.bytes_W[self._ranks.rank]
+
+
+class _HostClock:
+    """Time of this process from every `begin` to the `end` after it."""
+
+    def __init__(self) -> None:
+        self._begun = self._seconds = 0.0
+
+    def begin(self) -> None:
+        self._begun = time.perf_counter()
+
+    def end(self) -> None:
+        self._seconds += time.perf_counter() - self._begun
+
+    def seconds(self) -> float:
+        return self._seconds
+
+
+class _DeviceClock:
+    """The GPU's time: a `begin` counts from when all before it is done, or from now if it is done already."""
+
+    def __init__(self) -> None:
+        self._begun: torch.cuda.Event | None = None
+        self._steps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def begin(self) -> None:
+        self._begun = torch.cuda.Event(enable_timing=True)
+        self._begun.record()
+
+    def end(self) -> None:
+        ended = torch.cuda.Event(enable_timing=True)
+        ended.record()
+        self._steps.append((self._begun, ended))
+
+    def seconds(self) -> float:
+        torch.cuda.synchronize()
+        return sum(begun.elapsed_time(ended) for begun, ended in self._steps) / 1e3
