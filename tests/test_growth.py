@@ -238,12 +238,18 @@ def test_a_run_starts_from_another_with_more_sub_keys(folder: Path, on_three, tm
 
 
 @pytest.mark.gpu
-def test_a_run_on_a_gpu_starts_from_one_on_a_cpu(folder: Path, on_three, tmp_path: Path) -> None:
-    on_gpu = TrainingConfig(device="cuda", max_steps=6)
-    run.train(config_to_start(folder, 13).model_copy(update={"training": on_gpu}), tmp_path / "run", folder / "run")
-    first, *_ = RunDirectory.open(tmp_path / "run").records("eval")
-    for task, expected in on_three[0][13].items():
-        assert first["metrics"][task] == pytest.approx(expected, rel=1e-3)
+def test_a_run_on_a_gpu_starts_from_one_on_a_cpu(folder: Path, tmp_path: Path) -> None:
+    on_cpu, on_gpu = (started_metrics(folder, tmp_path / device, device) for device in ("cpu", "cuda"))
+    for task, expected in on_cpu.items():
+        assert on_gpu[task] == pytest.approx(expected, rel=1e-3)
+
+
+def started_metrics(folder: Path, path: Path, device: str) -> dict[str, Any]:
+    """On the valid split, of a grown memory before its first step."""
+    config = config_to_start(folder, 13).model_copy(update={"training": TrainingConfig(device=device, max_steps=6)})
+    run.train(config, path, folder / "run")
+    first, *_ = RunDirectory.open(path).records("eval")
+    return first["metrics"]
 
 
 def test_a_run_starts_where_another_was_best_at_any_world_size(folder: Path, on_three) -> None:
