@@ -178,10 +178,10 @@ def test_a_plan_for_512_gpus_takes_less_than_a_gib_of_memory(tmp_path: Path) -> 
     assert plan.storage["value state"] == [2 * 2**34 * 4 // 512] * 512
 
 
-def measure(rank: int, world_size: int) -> dict:
+def measure(rank: int, world_size: int, name: str = "cpu") -> dict:
+    device, group = torch.device(name), dist.group.WORLD
     stopclock._SECONDS, stopclock._ROUNDS = 1e-4, 1
-    calibration._TABLE_BYTES, calibration._BAGS = {"cpu": 2**22}, {"cpu": 64}
-    device, group = torch.device("cpu"), dist.group.WORLD
+    calibration._TABLE_BYTES, calibration._BAGS = {device.type: 2**22}, {device.type: 64}
     tiny = partial(tiny_step, Ranks(rank, world_size, world_size, device, group, group))
     machine = calibration.calibrate(device, group, group, {"torch": torch.__version__}, tiny)
     dispatch = calibration._dispatch(stopclock.Stopclock(device, group), tiny())  # what a GPU's host has instead of 0
@@ -198,3 +198,11 @@ def test_a_calibration_measures_every_line_and_is_the_same_on_all_ranks() -> Non
     assert all(value.source == "measured" for value in lines.values())
     assert machine.all_to_all.points and machine.all_reduce.points
     assert {name for name in trees[0] if trees[0][name] != trees[1][name]} == set()
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_calibrated_with_its_host() -> None:
+    (tree,) = run_ranks(measure, 1, "cuda:0", backend="cpu:gloo,cuda:nccl")
+    machine = Machine.model_validate({key: value for key, value in tree.items() if key != "of a tiny step"})
+    assert machine.kind == "cuda" and machine.retrieve is not None
+    assert 0 < machine.operator.seconds < machine.dispatch.seconds
