@@ -24,7 +24,7 @@ def calibrate(output: Path, device: str) -> None:
     from msn_dist.planner.calibration import calibrate as measure
     from msn_dist.training.ranks import joined_ranks
     from msn_dist.training.run_directory import versions
-    from msn_dist.training.step import tiny_step
+    from msn_dist.training.tiny_step import tiny_step
 
     with joined_ranks(TrainingConfig(device=device)) as ranks:
         console = Console(quiet=ranks.rank != 0, highlight=False, soft_wrap=True)

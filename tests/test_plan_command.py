@@ -20,7 +20,7 @@ from msn_dist.planner.machine import Machine, device_name, load_machine
 from msn_dist.planner.plan_file import load_plan
 from msn_dist.training.ranks import Ranks
 from msn_dist.training.run_directory import RunDirectory
-from msn_dist.training.step import tiny_step
+from msn_dist.training.tiny_step import tiny_step
 from ranks import run_ranks
 from tiny_data import config_of, write_data
 

@@ -378,7 +378,6 @@ def test_a_key_that_every_query_hits_gets_all_their_gradients() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize(
     ("queries", "sub_keys", "width", "k", "equal"),
@@ -400,7 +399,6 @@ def test_large_shapes_are_exact(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
 def test_more_queries_than_a_slice_are_exact() -> None:
     assert 200_000 > retrieval._SLICE
     given = operands(200_000, 1, 256, 64, BF16)

@@ -18,7 +18,6 @@ ROWS = 30
 UNIFORM = [5] * 12
 JAGGED = [3, 0, 17, 1, 0, 26, 6]
 RULES = [Sgd(0.1), RowwiseAdagrad(0.1, 1e-6), RowwiseAdam(0.1, 3, 1e-6, 0.8, 0.9)]
-needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
 rules = pytest.mark.parametrize("rule", RULES, ids=[type(rule).__name__ for rule in RULES])
 
 
@@ -185,7 +184,7 @@ def test_segments_of_every_length_are_summed_whole() -> None:
     assert_as_naive(given, RULES[1])
 
 
-@pytest.mark.parametrize("width", [2, pytest.param(64, marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize("width", [2, pytest.param(64, marks=pytest.mark.gpu)])
 def test_a_row_that_every_bag_hits_is_summed_by_groups(width: int) -> None:
     hits = 2 * GROUP.value + 5 * CHUNK.value + 7
     given = case([1] * hits, width, rows=2)
@@ -329,7 +328,6 @@ def test_a_source_of_another_length_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_rows_beyond_two_to_the_31_elements() -> None:
     rows, width = 2**25 + 3, 64
     values_RD = torch.zeros(rows, width, dtype=torch.bfloat16, device=DEVICE)
