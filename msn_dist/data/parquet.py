@@ -121,7 +121,7 @@ class ParquetReader:
             return
         share = _Share(self, _deal(units, self.workers))
         # A generator of its own: otherwise the loader would draw from, and so change, the model's.
-        how = {"num_workers": self.workers, "pin_memory": self.pinned}
+        how = {"num_workers": self.workers, "pin_memory": self.pinned, "worker_init_fn": _share_by_name}
         for item in DataLoader(share, batch_size=None, generator=torch.Generator(), **how):
             if isinstance(item, InputError):
                 raise item
@@ -159,6 +159,11 @@ class _Share(IterableDataset):
             yield from self.reader._read(self.shares[worker], worker)
         except InputError as error:
             yield error
+
+
+def _share_by_name(worker: int) -> None:
+    """Tensors of a worker go by name: a descriptor for each is a connection, and time of the process that trains."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
 
 
 def _files(folder: Path) -> list[Path]:
