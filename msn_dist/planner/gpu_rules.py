@@ -132,4 +132,5 @@ def sorted_bytes(hits: int, rows: int, width: int) -> int:
     The sort has keys and places twice, and radix sort takes as much again.
     """
     key = 2 if rows <= 2**15 else 4 if rows <= 2**31 else 8
-    return hits * (key + 8) + max(2 * hits * (key + 8), 4 * width * (hits // _CHUNK + hits // _GROUP))
+    sorted_key = 2 if rows <= 2**16 else key
+    return hits * (key + 8) + max(2 * hits * (sorted_key + 8), 4 * width * (hits // _CHUNK + hits // _GROUP))
