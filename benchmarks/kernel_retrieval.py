@@ -69,7 +69,7 @@ SHAPES = (
     Shape(32768, 4096, 64, 32, compiled=True),
     Shape(16384, 32768, 64, 32, compiled=True),
     Shape(8192, 1024, 128, 64, compiled=True),
-    Shape(32768, 256, 64, 32),
+    Shape(32768, 256, 64, 32, compiled=True),
     Shape(8192, 64, 32, 8),
     Shape(8192, 4096, 64, 128),
 )

@@ -16,7 +16,8 @@ import torch
 
 from msn_dist.kernels import bucketing, gate, ops
 
-RETRIEVALS = ((2048, 1024, 64, 32), (1024, 4096, 64, 32), (256, 32768, 64, 32), (513, 100, 48, 17))  # M, N, E, k
+# M, N, E, k: the last two with the backward for few sub-keys, the very last in bf16 alone
+RETRIEVALS = ((2048, 1024, 64, 32), (1024, 4096, 64, 32), (256, 32768, 64, 32), (513, 100, 48, 17), (2048, 256, 64, 32))
 TABLES = ((2**20, 64), (2**20, 128), (2**18, 1024), (1001, 20))  # rows, width
 BAGS, HITS = 1025, 32
 RANKS = (2, 8, 64)

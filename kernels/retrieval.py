@@ -3,6 +3,7 @@
     survivors     score products of both axes, of which only what may be among the k best is written
     axis_topk     the k best of each axis, sorted
     pair_topk     the k best sums of a row and a column, and their softmax
+    key_gradient  the backward where sub-keys are few; where they are many, it is here
 
 Exact with respect to the float32 scores, and deterministic; ties are broken as the three files say.  The backward comes
 from the k selected entries alone: no [M, N] scores and no gradient of their size exist in either direction.
@@ -12,11 +13,14 @@ Shape suffixes: M queries, H heads, N sub-keys of an axis, E key width of one ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from msn_dist.kernels import key_gradient
 from msn_dist.kernels.axis_topk import axis_topk
 from msn_dist.kernels.pair_topk import pair_topk
 from msn_dist.kernels.sparse_gather import sparse_gather
@@ -76,9 +80,28 @@ def retrieve_backward(
     """Gradients of both queries and both keys, in their dtypes, from the gradient of the weights.
 
     dz_j = tau * w_j * (dw_j - sum_l w_l dw_l);  dq = sum_j dz_j K[I_j];  dK[I] = sum of dz * q over the hits of I.
+
+    By products where sub-keys are few (`key_gradient`), else by sorting the hits; either repeats to the bit.
     """
+    given = row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE
+    found = slots_MHK, weights_MHK, gradient_MHK
+    given, found = ([tensor.contiguous() for tensor in tensors] for tensors in (given, found))
+    if key_gradient.fits(row_keys_HNE):
+        return key_gradient.gradients(given[:2], given[2:], *found, tau)
+    return sorted_gradients(given[:2], given[2:], *found, tau)
+
+
+def sorted_gradients(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    slots_MHK: Tensor,
+    weights_MHK: Tensor,
+    gradient_MHK: Tensor,
+    tau: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`key_gradient.gradients` for any N and E: by a gather from the keys, and a sum over the hits sorted by key."""
     count, heads, k = slots_MHK.shape
-    sub_keys, width = row_keys_HNE.shape[1:]
+    sub_keys, width = keys[0].shape[1:]
     bags, keys_of_axis = count * heads, heads * sub_keys
     # Both axes as one: bags of the column axis and their keys come after those of the row axis.
     keys_GK = torch.empty(2 * bags, k, dtype=torch.int32, device=slots_MHK.device)
@@ -87,7 +110,7 @@ def retrieve_backward(
         _scores_gradient_kernel[(triton.cdiv(bags, 32),)](
             slots_MHK,
             weights_MHK,
-            gradient_MHK.contiguous(),
+            gradient_MHK,
             keys_GK,
             dz_GK,
             bags,
@@ -98,14 +121,14 @@ def retrieve_backward(
             padded_k=triton.next_power_of_2(k),
             block=32,
         )
-    keys_XE = torch.cat([row_keys_HNE, col_keys_HNE]).view(2 * keys_of_axis, width)
+    keys_XE = torch.cat(keys).view(2 * keys_of_axis, width)
     of_queries = [
-        sparse_gather(keys_XE, keys_GK[axis], dz_GK[axis], out_dtype=row_queries_MHE.dtype).view(count, heads, width)
+        sparse_gather(keys_XE, keys_GK[axis], dz_GK[axis], out_dtype=queries[0].dtype).view(count, heads, width)
         for axis in (slice(bags), slice(bags, None))
     ]
-    queries_GE = torch.cat([row_queries_MHE, col_queries_MHE]).view(2 * bags, width)
+    queries_GE = torch.cat(queries).view(2 * bags, width)
     sums_XE = scatter_sum(queries_GE, keys_GK, dz_GK, 2 * keys_of_axis)
-    of_keys = [sums.to(row_keys_HNE.dtype, copy=True).view_as(row_keys_HNE) for sums in sums_XE.split(keys_of_axis)]
+    of_keys = [sums.to(keys[0].dtype, copy=True).view_as(keys[0]) for sums in sums_XE.split(keys_of_axis)]
     return *of_queries, *of_keys
 
 

@@ -94,8 +94,7 @@ def segments_of(
     hits, width = len(bags.rows_H), source_GD.shape[1]
     if hits > MOST_HITS:
         raise ValueError(f"there are {hits} hits: at most {MOST_HITS} can be sorted at once; split the bags")
-    key_dtype = torch.int16 if rows <= 2**15 else torch.int32 if rows <= 2**31 else torch.int64
-    keys_H, order_H = torch.sort(bags.rows_H.to(key_dtype), stable=True)
+    keys_H, order_H = _sorted(bags.rows_H, rows)
     bag_H = None
     if bags.offsets_G1 is not None:
         each_G = torch.arange(bags.count, dtype=torch.int32, device=keys_H.device)
@@ -115,6 +114,15 @@ def segments_of(
         del constants["SIZE"]
         sum_groups_kernel[(groups,)](keys_H, partial_PD, hits, **constants)
     return segments
+
+
+def _sorted(rows_H: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The rows in ascending order, as integers of 2, 4 or 8 bytes, and where they were: the fewer bytes, the faster."""
+    if 2**15 < rows <= 2**16:  # without a sign they fit 16 bits: the first bit flipped, they sort with one
+        keys_H, order_H = torch.sort(rows_H.to(torch.int16) ^ -(2**15), stable=True)
+        return keys_H.to(torch.int32).add_(2**15), order_H
+    key_dtype = torch.int16 if rows <= 2**15 else torch.int32 if rows <= 2**31 else torch.int64
+    return torch.sort(rows_H.to(key_dtype), stable=True)
 
 
 @triton.jit

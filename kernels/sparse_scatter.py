@@ -1,6 +1,6 @@
 """Sparse-Gather's transpose for a small table: weighted rows of a source, summed where their hits point.
 
-It gives the gradient of product keys, of which every one is hit about M * k / N times.
+It gives the gradient of product keys where they are many; every one is hit about M * k / N times.
 
 Shape suffixes: R rows of the result, D its width, G rows of the source, L hits of each; in the kernel S hits of a tile.
 """

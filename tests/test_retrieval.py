@@ -12,14 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from msn_dist.kernels import reference, retrieval
+from msn_dist.kernels import key_gradient, reference, retrieval
 from msn_dist.kernels.retrieval import retrieve, retrieve_backward
 from msn_dist.kernels.survivors import capacity, survivors
+from msn_dist.planner.gpu_rules import compares
 from triton_device import DEVICE
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # row and column queries_MHE, row and column keys_HNE
 Found = tuple[Tensor, Tensor]  # slots_MHK, weights_MHK
+
+
+@pytest.fixture(params=["compared", "sorted"])
+def backward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Either way to the gradients, whatever the size."""
+    monkeypatch.setattr(key_gradient, "fits", lambda keys_HNE: request.param == "compared")
+    return request.param
 
 
 def operands(queries: int, heads: int, sub_keys: int, width: int, dtype: torch.dtype = FP32, seed: int = 0) -> Operands:
@@ -231,7 +239,7 @@ def test_an_infinite_score_comes_first_or_never(infinity: float, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_runs_repeat_to_the_bit(dtype: torch.dtype) -> None:
+def test_runs_repeat_to_the_bit(dtype: torch.dtype, backward: str) -> None:
     given = operands(70, 1, 130, 16, dtype)
     found = retrieve(*given, 8, 0.25)
     assert_same(found, retrieve(*given, 8, 0.25))
@@ -264,7 +272,7 @@ def test_slices_of_the_queries_give_the_same(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("queries", "heads", "sub_keys", "k"), [(70, 1, 130, 5), (3, 2, 40, 32)])
 def test_scratch_memory_and_outputs_are_written_before_they_are_read(
-    queries: int, heads: int, sub_keys: int, k: int, monkeypatch: pytest.MonkeyPatch
+    queries: int, heads: int, sub_keys: int, k: int, monkeypatch: pytest.MonkeyPatch, backward: str
 ) -> None:
     def poisoned(*size: int, dtype: torch.dtype | None = None, **options: object) -> Tensor:
         dtype = dtype or FP32
@@ -346,10 +354,12 @@ def assert_close_gradients(gradients: Sequence[Tensor], expected: Sequence[Tenso
         (5, 2, 130, 64, 32, BF16),
         (33, 3, 40, 16, 5, FP16),
         (1, 1, 2, 1, 1, FP32),
+        (9, 1, 256, 64, 32, BF16),
+        (5, 1, 60, 130, 50, BF16),
     ],
 )
 def test_gradients_are_those_of_the_reference(
-    queries: int, heads: int, sub_keys: int, width: int, k: int, dtype: torch.dtype
+    queries: int, heads: int, sub_keys: int, width: int, k: int, dtype: torch.dtype, backward: str
 ) -> None:
     given = operands(queries, heads, sub_keys, width, dtype)
     tau = width**-0.5
@@ -362,7 +372,7 @@ def test_gradients_are_those_of_the_reference(
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_hits_that_share_a_key_add_up_in_its_gradient(dtype: torch.dtype) -> None:
+def test_hits_that_share_a_key_add_up_in_its_gradient(dtype: torch.dtype, backward: str) -> None:
     given = operands(9, 2, 40, 16, dtype)
     generator = torch.Generator().manual_seed(2)
     row_MHK = torch.randint(3, (9, 2, 8), generator=generator)  # of 3 rows, the rest get nothing
@@ -370,11 +380,80 @@ def test_hits_that_share_a_key_add_up_in_its_gradient(dtype: torch.dtype) -> Non
     assert_gradients(given, slots_MHK, 0.25)
 
 
-def test_a_key_that_every_query_hits_gets_all_their_gradients() -> None:
+def test_a_key_that_every_query_hits_gets_all_their_gradients(backward: str) -> None:
     given = operands(200, 1, 40, 16)
     slots_MHK = torch.randint(1600, (200, 1, 4), generator=torch.Generator().manual_seed(4)).to(DEVICE)
     slots_MHK[..., 0] = 17 * 40 + 5
     assert_gradients(given, slots_MHK, 0.25)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_the_gradients_of_its_own_hits(
+    poison: float, dtype: torch.dtype, backward: str
+) -> None:
+    given = operands(5, 2, 40, 16, dtype)
+    given[0][3, 1, 7] = poison
+    slots_MHK, weights_MHK = retrieve(*given, 4, 0.25)
+    row_MHE, col_MHE, *of_keys = retrieve_backward(*given, slots_MHK, weights_MHK, torch.ones_like(weights_MHK), 0.25)
+    for of_queries in (row_MHE, col_MHE):
+        spoiled_MH = of_queries.isnan().all(-1)
+        assert spoiled_MH[3, 1] and spoiled_MH.sum() == 1 and of_queries[~spoiled_MH].isfinite().all()
+    for gradient_HNE, hit_K in zip(of_keys, (slots_MHK[3, 1] // 40, slots_MHK[3, 1] % 40), strict=True):
+        spoiled_HN = gradient_HNE.isnan().all(-1)
+        assert spoiled_HN[1].nonzero().flatten().tolist() == hit_K.unique().tolist() and not spoiled_HN[0].any()
+        assert gradient_HNE[~spoiled_HN].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_an_infinite_key_leaves_the_gradients_of_queries_that_do_not_hit_it(dtype: torch.dtype, backward: str) -> None:
+    given = operands(6, 1, 40, 16, dtype)
+    given[0][:3, 0, 5], given[0][3:, 0, 5] = 1.0, -1.0
+    given[2][0, 17, 5] = float("inf")
+    slots_MHK, weights_MHK = retrieve(*given, 4, 0.25)
+    assert (slots_MHK[:3] // 40 == 17).all() and (slots_MHK[3:] // 40 != 17).all()
+    gradients = retrieve_backward(*given, slots_MHK, weights_MHK, torch.ones_like(weights_MHK), 0.25)
+    for of_queries in gradients[:2]:
+        assert of_queries[:3].isnan().all() and of_queries[3:].isfinite().all()
+
+
+@pytest.mark.parametrize("programs", [2, 6])
+@pytest.mark.parametrize("queries", [64, 130, 200])
+def test_queries_are_split_over_any_number_of_programs(queries: int, programs: int) -> None:
+    given = operands(queries, 1, 40, 16)
+    slots_MHK = torch.randint(1600, (queries, 1, 4), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    weights_MHK = scores_of(slots_MHK, given, 0.25).softmax(-1)
+    found = slots_MHK, weights_MHK, weights_MHK.square()
+    shape = key_gradient.Shape(queries=32, warps=4, programs=programs)
+    compared = key_gradient.gradients(given[:2], given[2:], *found, 0.25, shape)
+    for one, other in zip(compared, retrieval.sorted_gradients(given[:2], given[2:], *found, 0.25), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("queries", "sub_keys", "width", "k", "dtype"), [
+    (5000, 256, 64, 32, BF16),
+    (5000, 100, 48, 100, BF16),
+    (5000, 128, 128, 128, BF16),
+    (5000, 64, 256, 16, BF16),
+    (5000, 128, 64, 32, FP32),
+    (5000, 32, 256, 32, FP32),
+    (5000, 100, 48, 17, FP16),
+])  # fmt: skip
+def test_either_backward_is_exact_at_every_launch(
+    queries: int, sub_keys: int, width: int, k: int, dtype: torch.dtype, backward: str
+) -> None:
+    given = operands(queries, 2, sub_keys, width, dtype)
+    slots_MHK, _ = retrieve(*given, k, width**-0.5)
+    assert_gradients(given, slots_MHK, width**-0.5)
+
+
+def test_the_planner_knows_which_backward_it_is() -> None:
+    for dtype in (FP32, BF16, FP16):
+        for sub_keys in (2, 16, 17, 64, 100, 128, 200, 256, 257, 1000):
+            for width in (1, 16, 20, 64, 65, 128, 256):
+                keys_HNE = torch.empty(1, sub_keys, width, dtype=dtype)
+                assert compares(keys_HNE) == key_gradient.fits(keys_HNE)
 
 
 @pytest.mark.gpu

@@ -270,6 +270,17 @@ def test_scattered_sums_are_the_naive_ones(row_dtype: torch.dtype, out_rows: int
     assert torch.equal(out_RD, scatter_sum(*given, out_rows))
 
 
+@pytest.mark.parametrize("row_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("out_rows", [2**15, 2**15 + 1, 2**16, 2**16 + 1])
+def test_rows_around_16_bits_are_sums_of_their_own(out_rows: int, row_dtype: torch.dtype) -> None:
+    rows_8 = torch.tensor([0, 1, 2**15 - 1, 2**15, 2**15 + 1, 2**16 - 2, 2**16 - 1, 2**16]).clamp_max(out_rows - 1)
+    rows_GL = rows_8[torch.randint(8, (60, 4), generator=torch.Generator().manual_seed(5))]
+    source_GD = torch.arange(60.0)[:, None].expand(60, 3).contiguous()
+    expected_RD = torch.zeros(out_rows, 3).index_add(0, rows_GL.flatten(), source_GD.repeat_interleave(4, 0))
+    out_RD = scatter_sum(source_GD.to(DEVICE), rows_GL.to(row_dtype).to(DEVICE), None, out_rows)
+    assert torch.equal(out_RD.cpu(), expected_RD)  # whole numbers
+
+
 def test_scattering_nothing_gives_zeros() -> None:
     rows_GL = torch.zeros(0, 4, dtype=torch.int32, device=DEVICE)
     assert torch.equal(

@@ -82,7 +82,7 @@ def calibrate(
         ),
     }
     if gpu and choose_retrieval("auto", "cuda", _HITS, 1024, 64) == "triton":
-        sizes = [256, 1024, 4096, 16_384]
+        sizes = [256, 257, 1024, 4096, 16_384]  # above 256 the backward goes another way, kernels.key_gradient
         figures["retrieve"] = curve("retrieval", lambda size: _retrieval_rate(clock, size, False), sizes)
         figures["retrieve_backward"] = curve(
             "retrieval, backward", lambda size: _retrieval_rate(clock, size, True), sizes

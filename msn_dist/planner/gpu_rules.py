@@ -1,11 +1,13 @@
 """What a step does on a GPU and not on a CPU, for tensors without data that say they are on a CPU.
 
 Shape suffixes: B samples, T tokens, D width; M queries, H heads, N sub-keys of an axis, E key width of one half, K hits
-of a head, A = 2 * H pairs of axis and head, C survivors of a query.
+of a head, A = 2 * H pairs of axis and head, C survivors of a query,
+S splits of the queries.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch.utils._pytree import tree_map
 _IN_FLOAT32 = frozenset({"layer_norm", "softmax", "sum", "exp", "log1p", "norm", "pow"})
 _SLICE = 131_072  # as kernels.retrieval
 _CHUNK, _GROUP = 32, 2048  # as kernels.segments
+_MOST_COMPARED, _MOST_SUMS, _PROGRAMS = 256, 2**14, 256  # as kernels.key_gradient
 
 
 class GpuRules(TorchFunctionMode):
@@ -80,22 +83,56 @@ class _Retrieve(Function):
     @once_differentiable
     def backward(ctx, _, gradient_MHK):
         *operands, slots_MHK, weights_MHK = ctx.saved_tensors
-        row_queries_MHE, _, row_keys_HNE, _ = operands
-        queries, heads, k = slots_MHK.shape
-        bags, keys, width = queries * heads, row_keys_HNE.shape[1] * heads, row_keys_HNE.shape[2]
-        keys_GK = slots_MHK.new_empty(2 * bags, k, dtype=torch.int32)
-        dz_GK = weights_MHK.new_empty(2 * bags, k)
-        keys_XE = row_keys_HNE.new_empty(2 * keys, width)
-        of_queries = [operand.new_empty(operand.shape) for operand in operands[:2]]
-        queries_GE = row_queries_MHE.new_empty(2 * bags, width)
-        sums_XE = weights_MHK.new_empty(2 * keys, width)
-        scratch = weights_MHK.new_empty(sorted_bytes(2 * bags * k, 2 * keys, width), dtype=torch.uint8)
-        del scratch
-        of_keys = [part.to(row_keys_HNE.dtype, copy=True).view_as(row_keys_HNE) for part in sums_XE.split(keys)]
-        del keys_GK, dz_GK, keys_XE, queries_GE, sums_XE
+        gradients = (_compared if compares(operands[2]) else _sorted)(*operands, slots_MHK)
         inputs = *operands, slots_MHK, weights_MHK, gradient_MHK
-        ctx.note("retrieve_backward", 8 * slots_MHK.numel() * width, inputs, (*of_queries, *of_keys))
-        return *of_queries, *of_keys, None, None
+        flops = 8 * slots_MHK.numel() * operands[0].shape[2]
+        ctx.note("retrieve_backward", flops, inputs, gradients)
+        return *gradients, None, None
+
+
+def compares(keys_HNE: Tensor) -> bool:
+    """`kernels.key_gradient.fits`."""
+    _, sub_keys, width = keys_HNE.shape
+    most = _MOST_SUMS if keys_HNE.dtype == torch.bfloat16 else _MOST_SUMS // 2
+    sums = math.prod(max(16, 1 << (size - 1).bit_length()) for size in (sub_keys, width))
+    return sub_keys <= _MOST_COMPARED and sums <= most
+
+
+def _compared(
+    row_queries_MHE: Tensor, col_queries_MHE: Tensor, row_keys_HNE: Tensor, col_keys_HNE: Tensor, slots_MHK: Tensor
+) -> tuple[Tensor, ...]:
+    """`kernels.key_gradient.gradients`."""
+    queries, heads, k = slots_MHK.shape
+    of_queries = [torch.empty_like(operand) for operand in (row_queries_MHE, col_queries_MHE)]
+    index_AKM = slots_MHK.new_empty(2 * heads, k, queries, dtype=torch.int16)
+    dz_HKM = slots_MHK.new_empty(heads, k, queries, dtype=torch.float32)
+    blocks = -(-queries // (64 if row_keys_HNE.dtype == torch.bfloat16 else 16))
+    each = -(-blocks // max(1, _PROGRAMS // (2 * heads)))
+    splits = -(-blocks // each) if blocks else 0
+    sums_SANE = dz_HKM.new_empty(splits, 2 * heads, *row_keys_HNE.shape[1:])
+    sums_ANE = dz_HKM.new_empty(sums_SANE.shape[1:])
+    of_keys = [torch.empty_like(keys) for keys in (row_keys_HNE, col_keys_HNE)]
+    del index_AKM, dz_HKM, sums_SANE, sums_ANE
+    return *of_queries, *of_keys
+
+
+def _sorted(
+    row_queries_MHE: Tensor, col_queries_MHE: Tensor, row_keys_HNE: Tensor, col_keys_HNE: Tensor, slots_MHK: Tensor
+) -> tuple[Tensor, ...]:
+    """`kernels.retrieval.sorted_gradients`."""
+    queries, heads, k = slots_MHK.shape
+    bags, keys, width = queries * heads, row_keys_HNE.shape[1] * heads, row_keys_HNE.shape[2]
+    keys_GK = slots_MHK.new_empty(2 * bags, k, dtype=torch.int32)
+    dz_GK = slots_MHK.new_empty(2 * bags, k, dtype=torch.float32)
+    keys_XE = row_keys_HNE.new_empty(2 * keys, width)
+    of_queries = [operand.new_empty(operand.shape) for operand in (row_queries_MHE, col_queries_MHE)]
+    queries_GE = row_queries_MHE.new_empty(2 * bags, width)
+    sums_XE = slots_MHK.new_empty(2 * keys, width, dtype=torch.float32)
+    scratch = slots_MHK.new_empty(sorted_bytes(2 * bags * k, 2 * keys, width), dtype=torch.uint8)
+    del scratch
+    of_keys = [part.to(row_keys_HNE.dtype, copy=True).view_as(row_keys_HNE) for part in sums_XE.split(keys)]
+    del keys_GK, dz_GK, keys_XE, queries_GE, sums_XE
+    return *of_queries, *of_keys
 
 
 def fused_gate(note: Callable, x_BTD: Tensor, v_BTD: Tensor, kind: str) -> Tensor:
@@ -132,4 +169,5 @@ def sorted_bytes(hits: int, rows: int, width: int) -> int:
     The sort has keys and places twice, and radix sort takes as much again.
     """
     key = 2 if rows <= 2**15 else 4 if rows <= 2**31 else 8
-    return hits * (key + 8) + max(2 * hits * (key + 8), 4 * width * (hits // _CHUNK + hits // _GROUP))
+    sorted_key = 2 if rows <= 2**16 else key
+    return hits * (key + 8) + max(2 * hits * (sorted_key + 8), 4 * width * (hits // _CHUNK + hits // _GROUP))
