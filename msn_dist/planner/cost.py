@@ -185,7 +185,7 @@ def message_seconds(message: Message, machine: Machine, topology: Topology, part
 
 def passes_seconds(passes: Iterable[float], machine: Machine) -> float:
     """Element-wise passes over so many bytes each."""
-    return sum(max(machine.operator.seconds, size / machine.copy_rate.at(size)) for size in passes if size)
+    return sum(machine.pass_seconds(size) for size in passes if size)
 
 
 def _retrieval_seconds(op: Op, machine: Machine) -> float:
@@ -230,6 +230,9 @@ def _exchange(
     if work.cached:
         reading += times(work.cached, machine.sort.at(work.cached))
     forward, backward = (memories * passes_seconds(passes, machine) for passes in (work.forward, work.backward))
+    if work.home:
+        forward += memories * work.home.forward(machine)
+        backward += memories * work.home.backward(machine)
     there, home, again = [], [], []
     for message in messages:
         late = again if message.direction == "backward" else home

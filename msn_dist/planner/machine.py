@@ -99,6 +99,10 @@ class Machine(Part):
             raise ValueError("retrieve and retrieve_backward belong together; measure again, or leave both out")
         return self
 
+    def pass_seconds(self, size: float) -> float:
+        """An element-wise pass over so many bytes, read and written."""
+        return max(self.operator.seconds, size / self.copy_rate.at(size))
+
     def read_seconds(self, hits: float, rows: float, row_bytes: float) -> float:
         """A look-up of so many hits that fall on so many rows."""
         return hits / self.hit_read.at(row_bytes) + rows / self.row_read.at(row_bytes)
