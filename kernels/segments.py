@@ -36,7 +36,7 @@ class TileShape:
 
 @dataclass(frozen=True)
 class Segments:
-    """Hits in ascending order of their rows, and partial sums of weight * source over their chunks and groups."""
+    """Hits of a row next to each other, and partial sums of weight * source over their chunks and groups."""
 
     keys_H: Tensor
     order_H: Tensor
@@ -85,21 +85,27 @@ def segments_of(
     values_RD: Tensor | None = None,
     dot_H: Tensor | None = None,
     shape: TileShape | None = None,
+    once: bool = False,
 ) -> Segments:
     """Sorts the hits and sums the chunks and groups that lie in one segment.
 
     rows: R.  With `dot_H` [H], the products <source_GD[bag], values_RD[row]> of the hits in such chunks are written to
-    it, in the hits' own order.  Nothing here waits for the device.
+    it, in the hits' own order.  `once` says that no row is hit twice: every hit is a segment of its own then, in any
+    order, so nothing is sorted or summed.  Nothing here waits for the device.
     """
     hits, width = len(bags.rows_H), source_GD.shape[1]
     if hits > MOST_HITS:
         raise ValueError(f"there are {hits} hits: at most {MOST_HITS} can be sorted at once; split the bags")
-    keys_H, order_H = _sorted(bags.rows_H, rows)
+    if once:
+        keys_H = bags.rows_H.to(_key_dtype(rows))
+        order_H = torch.arange(hits, dtype=torch.int32, device=keys_H.device)
+    else:
+        keys_H, order_H = _sorted(bags.rows_H, rows)
     bag_H = None
     if bags.offsets_G1 is not None:
         each_G = torch.arange(bags.count, dtype=torch.int32, device=keys_H.device)
         bag_H = torch.repeat_interleave(each_G, bags.offsets_G1.diff(), output_size=hits)
-    chunks, groups = hits // CHUNK.value, hits // GROUP.value
+    chunks, groups = (0, 0) if once else (hits // CHUNK.value, hits // GROUP.value)
     partial_PD = torch.empty(chunks + groups, width, dtype=torch.float32, device=keys_H.device)
     shape = shape or tile_shape(width, hits / rows)
     segments = Segments(keys_H, order_H, bag_H, bags.weights_H, source_GD, partial_PD, bags.size, shape)
@@ -121,8 +127,11 @@ def _sorted(rows_H: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     if 2**15 < rows <= 2**16:  # without a sign they fit 16 bits: the first bit flipped, they sort with one
         keys_H, order_H = torch.sort(rows_H.to(torch.int16) ^ -(2**15), stable=True)
         return keys_H.to(torch.int32).add_(2**15), order_H
-    key_dtype = torch.int16 if rows <= 2**15 else torch.int32 if rows <= 2**31 else torch.int64
-    return torch.sort(rows_H.to(key_dtype), stable=True)
+    return torch.sort(rows_H.to(_key_dtype(rows)), stable=True)
+
+
+def _key_dtype(rows: int) -> torch.dtype:
+    return torch.int16 if rows <= 2**15 else torch.int32 if rows <= 2**31 else torch.int64
 
 
 @triton.jit

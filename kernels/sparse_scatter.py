@@ -1,6 +1,7 @@
-"""Sparse-Gather's transpose for a small table: weighted rows of a source, summed where their hits point.
+"""Sparse-Gather's transpose: weighted rows of a source, summed where their hits point.
 
-It gives the gradient of product keys where they are many; every one is hit about M * k / N times.
+It gives the gradient of product keys where they are many, of which every one is hit about M * k / N times, and with the
+products that are the gradient of the weights that of rows which came from their owners, every one of which is hit.
 
 Shape suffixes: R rows of the result, D its width, G rows of the source, L hits of each; in the kernel S hits of a tile.
 """
@@ -12,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msn_dist.kernels.segments import TileShape, load_tile, segments_of, sum_segments
-from msn_dist.kernels.sparse_bags import as_bags
+from msn_dist.kernels.segments import TileShape, load_rows, load_tile, segments_of, sum_segments
+from msn_dist.kernels.sparse_bags import Bags, as_bags, check_table
 
 SOURCE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,6 +30,43 @@ def scatter_sum(
 
     Raises ValueError for other shapes, dtypes and devices.
     """
+    bags = _bags(source_GD, rows_GL, weights_GL)
+    out_RD = torch.zeros(out_rows, source_GD.shape[1], dtype=torch.float32, device=source_GD.device)
+    _launch(bags, source_GD, out_RD, None, None, shape, once=False)
+    return out_RD
+
+
+def gather_backward(
+    values_RD: Tensor,
+    rows_GL: Tensor,
+    weights_GL: Tensor | None,
+    gradient_GD: Tensor,
+    *,
+    once: bool = False,
+    shape: TileShape | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `sparse_gather(values_RD, rows_GL, weights_GL)` by its values [R, D] and its weights [G, L].
+
+    Both are float32 and come of one pass, from gradient_GD.  values_RD: float32, bfloat16 or float16, contiguous.
+    Every row must be hit, since others are not written; with `once` every row is hit by one hit, and nothing is sorted.
+    Neither is looked at.  The rest is as in `scatter_sum`.
+
+    Raises ValueError for other shapes, dtypes and devices.
+    """
+    check_table(values_RD, SOURCE_TYPES)
+    bags = _bags(gradient_GD, rows_GL, weights_GL)
+    if gradient_GD.shape[1] != values_RD.shape[1] or gradient_GD.device != values_RD.device:
+        raise ValueError(
+            f"gradient is {list(gradient_GD.shape)} on {gradient_GD.device}: "
+            f"give [G, {values_RD.shape[1]}] on {values_RD.device}"
+        )
+    out_RD = torch.empty(*values_RD.shape, dtype=torch.float32, device=values_RD.device)
+    dot_GL = torch.empty(*rows_GL.shape, dtype=torch.float32, device=values_RD.device)
+    _launch(bags, gradient_GD, out_RD, values_RD, dot_GL, shape, once)
+    return out_RD, dot_GL
+
+
+def _bags(source_GD: Tensor, rows_GL: Tensor, weights_GL: Tensor | None) -> Bags:
     if source_GD.dim() != 2 or source_GD.dtype not in SOURCE_TYPES or not 1 <= source_GD.shape[1] <= 4096:
         raise ValueError(
             f"source is {source_GD.dtype} {list(source_GD.shape)}: "
@@ -37,13 +75,24 @@ def scatter_sum(
     bags = as_bags(rows_GL, weights_GL, None, source_GD.device, (torch.int16, torch.int32, torch.int64))
     if bags.count != len(source_GD):
         raise ValueError(f"rows are of {bags.count} bags and source has {len(source_GD)} rows: give one bag a row")
-    out_RD = torch.zeros(out_rows, source_GD.shape[1], dtype=torch.float32, device=source_GD.device)
-    if len(bags.rows_H):
-        segments = segments_of(bags, out_rows, source_GD.contiguous(), shape=shape)
-        scatter_sum_kernel[segments.grid](
-            *segments.pointers, segments.partial_PD, out_RD, len(bags.rows_H), **segments.constants
-        )
-    return out_RD
+    return bags
+
+
+def _launch(
+    bags: Bags,
+    source_GD: Tensor,
+    out_RD: Tensor,
+    values_RD: Tensor | None,
+    dot_GL: Tensor | None,
+    shape: TileShape | None,
+    once: bool,
+) -> None:
+    if len(bags.rows_H) == 0:
+        return
+    segments = segments_of(bags, len(out_RD), source_GD.contiguous(), values_RD, dot_GL, shape, once)
+    scatter_sum_kernel[segments.grid](
+        *segments.pointers, values_RD, dot_GL, segments.partial_PD, out_RD, len(bags.rows_H), **segments.constants
+    )
 
 
 @triton.jit(do_not_specialize=["hits"])
@@ -53,6 +102,8 @@ def scatter_sum_kernel(
     bag_ptr,
     weights_ptr,
     source_ptr,
+    values_ptr,
+    dot_ptr,
     partial_ptr,
     out_ptr,
     hits,
@@ -65,15 +116,17 @@ def scatter_sum_kernel(
     if last_begin < 0:
         return
     col_D = tl.arange(0, D_PAD)
-    nothing_SD = tl.zeros([S, D_PAD], tl.float32)
+    value_SD = tl.zeros([S, D_PAD], tl.float32)
+    if dot_ptr is not None:
+        value_SD = load_rows(values_ptr, key_S, own_S, col_D, D)
     sum_SD = sum_segments(
         keys_ptr,
         order_ptr,
         bag_ptr,
         weights_ptr,
         source_ptr,
-        None,
-        None,
+        values_ptr,
+        dot_ptr,
         partial_ptr,
         hits,
         start,
@@ -83,7 +136,7 @@ def scatter_sum_kernel(
         own_S,
         again_S,
         last_begin,
-        nothing_SD,
+        value_SD,
         col_D,
         D,
         D_PAD,

@@ -84,6 +84,10 @@ def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> 
             every += [(strategy, (kernels, one_step, Tolerance())) for strategy, kernels in INTERPRETED.items()]
             kernels, truth = {"lookup": "triton", "optimizer": ADAM}, plain(case, rows, 1, ADAM)
             every.append(("row_pooled", (kernels, truth, Tolerance())))
+        if device.type == "cpu" and world == 2 and case in (CASES[2], CASES[3]):  # bags at home: none, and hot rows
+            for sharding, tolerance in (({}, Tolerance()), ({"wire": "fp16"}, LOSSY["fp16"])):
+                kernels = {"lookup": "triton"} | sharding
+                every += product(("row_gather", "row_gather_unique"), [(kernels, one_step, tolerance)])
         for strategy, (sharding, truth, tolerance) in every:
             if strategy in NO_OTHER_LOOKUP:
                 sharding = {key: value for key, value in sharding.items() if key != "lookup"}

@@ -72,7 +72,7 @@ def calibrate(
         ),
         "matrix_fp32": curve("matrix products in fp32", _product_rate(clock, torch.float32), _product_sizes(gpu)),
         "matrix_bf16": curve("matrix products in bf16", _product_rate(clock, torch.bfloat16), _product_sizes(gpu)),
-        "top_k": curve("top-k", lambda size: _top_k_rate(clock, size), [64, 256, 1024, 4096]),
+        "top_k": curve("top-k", lambda size: _top_k_rate(clock, size), [8, 64, 256, 1024, 4096]),
         "sort": curve(
             "distinct numbers", lambda size: size / clock.seconds(_distinct(device, size)), [2**12, 2**16, 2**20]
         ),
@@ -86,6 +86,15 @@ def calibrate(
         figures["retrieve"] = curve("retrieval", lambda size: _retrieval_rate(clock, size, False), sizes)
         figures["retrieve_backward"] = curve(
             "retrieval, backward", lambda size: _retrieval_rate(clock, size, True), sizes
+        )
+        figures["retrieve_fp32"] = curve(
+            "retrieval in fp32", lambda size: _retrieval_rate(clock, size, False, torch.float32), sizes
+        )
+    if gpu:
+        widths = [64, 128, 256, 512, 1024]
+        figures["layer_norm"] = curve("LayerNorm", lambda width: _layer_norm_rate(clock, width, False), widths)
+        figures["layer_norm_backward"] = curve(
+            "LayerNorm, backward", lambda width: _layer_norm_rate(clock, width, True), widths
         )
     say("rows")
     widths = [16, 64, 256, 1024]
@@ -156,7 +165,7 @@ def _product_rate(clock: Stopclock, dtype: torch.dtype) -> Callable[[int], float
 def _top_k_rate(clock: Stopclock, length: int) -> float:
     rows = (2**25 if clock.device.type == "cuda" else 2**20) // length
     scores = torch.randn(rows, length, device=clock.device)
-    return scores.numel() / clock.seconds(lambda: scores.topk(_HITS, dim=1))
+    return scores.numel() / clock.seconds(lambda: scores.topk(min(_HITS, length), dim=1))
 
 
 def _distinct(device: torch.device, size: int) -> Callable[[], object]:
@@ -177,12 +186,26 @@ def _from_host(device: torch.device, size: int) -> Callable[[], object]:
     return lambda: target.copy_(source, non_blocking=True)
 
 
-def _retrieval_rate(clock: Stopclock, sub_keys: int, backward: bool) -> float:
+def _layer_norm_rate(clock: Stopclock, width: int, backward: bool) -> float:
+    x_MD = torch.randn(2**25 // width, width, device=clock.device)
+    weight_D, bias_D = (torch.ones(width, device=clock.device) for _ in range(2))
+    y_MD, mean_M1, rstd_M1 = torch.native_layer_norm(x_MD, [width], weight_D, bias_D, 1e-5)
+
+    def call() -> object:
+        if not backward:
+            return torch.native_layer_norm(x_MD, [width], weight_D, bias_D, 1e-5)
+        kept = x_MD, [width], mean_M1, rstd_M1, weight_D, bias_D
+        return torch.ops.aten.native_layer_norm_backward(y_MD, *kept, [True] * 3)
+
+    return x_MD.numel() / clock.seconds(call)
+
+
+def _retrieval_rate(clock: Stopclock, sub_keys: int, backward: bool, dtype: torch.dtype = torch.bfloat16) -> float:
     from msn_dist.kernels import retrieval
 
     queries, key_dim = 65_536, 64
     shapes = [(queries, 1, key_dim)] * 2 + [(1, sub_keys, key_dim)] * 2
-    operands = [torch.randn(shape, device=clock.device, dtype=torch.bfloat16) for shape in shapes]
+    operands = [torch.randn(shape, device=clock.device, dtype=dtype) for shape in shapes]
     tau = key_dim**-0.5
     if not backward:
         return queries / clock.seconds(lambda: retrieval.retrieve(*operands, _HITS, tau))

@@ -10,7 +10,9 @@ What is hidden: with `memory.chunks: c` on a GPU, up to (c - 1) / c of the excha
 all-reduce of dense gradients behind the backward of the dense network, but for the last of its buckets.  On a CPU
 nothing is: a rank's messages need the core that it computes on.
 
-A GPU works behind its host: a step takes no less than the host needs to dispatch its operators.
+A GPU works behind its host: a step takes no less than the host needs to dispatch its operators.  And TorchRec's id
+tables ask the GPU for lengths, so that the host begins a step with nothing ahead: an operator starts when the host has
+dispatched it, and the GPU waits as long as the first, small ones take the host more than the GPU.
 """
 
 from __future__ import annotations
@@ -88,14 +90,19 @@ class ModelTime:
     optimizer: float
     operators: int
     parameter_bytes: int
+    lead: float = 0.0  # that a GPU waits, all in all, until its host is ahead of it
 
     @classmethod
     def of(cls, trace: StepTrace, machine: Machine) -> ModelTime:
         """On one rank, whose trace this is."""
         seconds = dict.fromkeys(("dense", "memory", "optimizer"), 0.0)
+        host = device = lead = 0.0
         for op in trace.ops:
-            seconds[op.region] += operator_seconds(op, machine)
-        return cls(**seconds, operators=len(trace.ops), parameter_bytes=sum(trace.parameters))
+            host += machine.dispatch.seconds
+            lead = max(lead, host - device)
+            device += (of_op := operator_seconds(op, machine))
+            seconds[op.region] += of_op
+        return cls(**seconds, operators=len(trace.ops), parameter_bytes=sum(trace.parameters), lead=lead)
 
 
 def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds: float) -> StepTime:
@@ -137,8 +144,9 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
     device = sum(phase.exposed for phase in phases)
     chunks = situation.memory.chunks if memories else 0
     host = host_operators(model.operators, memories, chunks) * machine.dispatch.seconds
-    if host > device:
-        phases.append(Phase(WAITING, host - device))
+    waiting = max(model.lead, host - device)
+    if waiting > 0:
+        phases.append(Phase(WAITING, waiting))
     return StepTime(phases)
 
 
@@ -151,7 +159,10 @@ def operator_seconds(op: Op, machine: Machine) -> float:
     """One operator of the dense network on the device."""
     if op.name in ("retrieve", "retrieve_backward") and machine.retrieve is not None:
         return _retrieval_seconds(op, machine)
-    if op.flops:
+    curve = machine.layer_norm_backward if op.backward else machine.layer_norm
+    if "native_layer_norm" in op.name and curve is not None:
+        seconds = math.prod(op.shapes[0]) / curve.at(op.shapes[0][-1])
+    elif op.flops:
         products = math.prod(op.shapes[0][:-2]) if op.shapes and len(op.shapes[0]) > 2 else 1
         rate = machine.matrix_bf16 if op.dtype in ("bfloat16", "float16") else machine.matrix_fp32
         seconds = op.flops / rate.at(op.flops / products)
@@ -185,7 +196,7 @@ def message_seconds(message: Message, machine: Machine, topology: Topology, part
 
 def passes_seconds(passes: Iterable[float], machine: Machine) -> float:
     """Element-wise passes over so many bytes each."""
-    return sum(max(machine.operator.seconds, size / machine.copy_rate.at(size)) for size in passes if size)
+    return sum(machine.pass_seconds(size) for size in passes if size)
 
 
 def _retrieval_seconds(op: Op, machine: Machine) -> float:
@@ -193,6 +204,8 @@ def _retrieval_seconds(op: Op, machine: Machine) -> float:
     queries, heads, width = op.shapes[0]
     sub_keys, forward = op.shapes[2][1], op.name == "retrieve"
     rates = machine.retrieve if forward else machine.retrieve_backward
+    if forward and op.dtype == "float32" and machine.retrieve_fp32 is not None:
+        rates = machine.retrieve_fp32
     hits = op.out_elements / (2 * queries * heads) if forward else op.shapes[4][2]
     seconds = queries * heads / rates.at(sub_keys)
     return seconds * max(1.0, hits / 32) * max(1.0, (width / 64) ** 0.5)
@@ -230,6 +243,9 @@ def _exchange(
     if work.cached:
         reading += times(work.cached, machine.sort.at(work.cached))
     forward, backward = (memories * passes_seconds(passes, machine) for passes in (work.forward, work.backward))
+    if work.home:
+        forward += memories * work.home.forward(machine)
+        backward += memories * work.home.backward(machine)
     there, home, again = [], [], []
     for message in messages:
         late = again if message.direction == "backward" else home

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from msn_dist.memory.values import VALUE_DTYPES
+from msn_dist.planner.home_work import HomeWork
 from msn_dist.planner.layout import Layout
 from msn_dist.planner.load import Load
 from msn_dist.sharding.wire import row_bytes
@@ -29,6 +30,7 @@ class Work:
     read: float = 0.0  # hits looked up, each a row of `row_bytes`, and stepped in the backward
     rows: float = 0.0  # distinct ones among them
     row_bytes: float = 0.0
+    home: HomeWork | None = None  # rows that are weighted where they came
     cached: float = 0.0  # hits among which a cache finds the distinct ones
     forward: list[float] = field(default_factory=list)  # bytes of each pass over device memory, read and written
     backward: list[float] = field(default_factory=list)
@@ -78,10 +80,9 @@ def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
             rows = load.rows(1) if unique else hits
             work = Work(read=rows * busiest, rows=of_owner, row_bytes=dim * element)
             work.bucketed, work.distinct = (0, hits) if unique else (hits, 0)
-            work.forward = [40 * hits, *_coded(layout.wire, rows, dim), hits * dim * _FLOAT]
-            # embedding_bag's backward: rows of zeros, a weighted gradient a hit added to them; the weights' products
-            at_home = [rows * dim * _FLOAT, 3 * hits * dim * _FLOAT, 2 * hits * dim * _FLOAT]
-            work.backward = [*at_home, *_coded(layout.wire, rows, dim), 2 * rows * dim * _FLOAT]
+            work.home = HomeWork(hits, rows, dim * _FLOAT, by_kernels=layout.lookup == "triton", once=not unique)
+            work.forward = [40 * hits, *_coded(layout.wire, rows, dim)]
+            work.backward = [*_coded(layout.wire, rows, dim), 2 * rows * dim * _FLOAT]
         case "column":
             columns = -(-dim // world)
             all_hits, rows = world * hits, load.rows(world)

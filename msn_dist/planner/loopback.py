@@ -3,7 +3,8 @@
 Its exchange returns empty buffers of the size that is expected where owners are hit alike.  Everything is to be run
 under fake tensors.
 
-Shape suffixes: M bags of a rank, L hits a bag, H hits, W ranks, G bags looked up, R rows of a table, D value width.
+Shape suffixes: M bags of a rank, L hits a bag, H hits, W ranks, G bags looked up, R rows of a table, A rows that came,
+D value width.
 """
 
 from __future__ import annotations
@@ -204,6 +205,20 @@ class _TritonStandIn:
             del bag_H
         del scratch
         return gradient_H
+
+    def gather(self, rows_AD: Tensor, where_GL: Tensor, weights_GL: Tensor) -> Tensor:
+        return rows_AD.new_empty(len(where_GL), self.dim)
+
+    def gather_backward(
+        self, rows_AD: Tensor, where_GL: Tensor, weights_GL: Tensor, gradient_GD: Tensor, once: bool
+    ) -> tuple[Tensor, Tensor]:
+        gradients = torch.empty_like(rows_AD), torch.empty_like(weights_GL)
+        gradient_GD, hits = gradient_GD.contiguous(), where_GL.numel()
+        # without a sort: keys and places of int32
+        size = 8 * hits if once else sorted_bytes(hits, len(rows_AD), self.dim)
+        scratch = rows_AD.new_empty(size, dtype=torch.uint8)
+        del scratch
+        return gradients
 
 
 def _kernel_buckets(row_ML: Tensor, block: int, world: int) -> tuple[Buckets, Tensor]:

@@ -80,6 +80,9 @@ class Machine(Part):
     sort: Curve = Field(description="numbers -> numbers sorted a second")
     retrieve: Curve | None = Field(None, description="fused kernel: sub-keys of an axis -> queries/s, k = 32, d_k = 64")
     retrieve_backward: Curve | None = Field(None, description="the same of its backward")
+    retrieve_fp32: Curve | None = Field(None, description="the same forward, of float32 operands")
+    layer_norm: Curve | None = Field(None, description="row width -> numbers/s; else as other operators")
+    layer_norm_backward: Curve | None = Field(None, description="the same of its backward")
     hit_read: Curve = Field(description="bytes of a row -> hits/s of weighted sums, of 32 hits on few rows each")
     row_read: Curve = Field(description="bytes of a row -> distinct rows/s, beside their hits")
     hit_update: Curve = Field(description="bytes of a row -> hits/s of the backward with row-wise Adagrad")
@@ -98,6 +101,10 @@ class Machine(Part):
         if (self.retrieve is None) != (self.retrieve_backward is None):
             raise ValueError("retrieve and retrieve_backward belong together; measure again, or leave both out")
         return self
+
+    def pass_seconds(self, size: float) -> float:
+        """An element-wise pass over so many bytes, read and written."""
+        return max(self.operator.seconds, size / self.copy_rate.at(size))
 
     def read_seconds(self, hits: float, rows: float, row_bytes: float) -> float:
         """A look-up of so many hits that fall on so many rows."""

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchrec.distributed.types import Awaitable, LazyAwaitable
 
 from msn_dist.sharding.hits import Hits
+from msn_dist.sharding.home_bags import home_bags
 from msn_dist.sharding.row_sharded import RowSharded
 from msn_dist.sharding.sharded_values import ExchangeContext, Later, LazyLater
 from msn_dist.sharding.trip import Trip
@@ -38,6 +38,8 @@ class GatherContext(ExchangeContext):
 
 class RowGather(RowSharded):
     """Every hit has its row sent: best at large W, and where hits repeat little."""
+
+    shared = False  # several hits may have one row of those that come
 
     def create_context(self) -> GatherContext:
         return GatherContext()
@@ -70,8 +72,8 @@ class RowGather(RowSharded):
         trip = Trip(self.exchange, "values", ctx.owed_W, ctx.due_W, self.values_wire, self.gradient_wire)
         trip.depart(output)
         return LazyLater(
-            lambda: F.embedding_bag(
-                ctx.where_ML, trip.arrive(), per_sample_weights=ctx.weights_ML.to(torch.float32), mode="sum"
+            lambda: home_bags(
+                self.lookup, trip.arrive(), ctx.where_ML, ctx.weights_ML.to(torch.float32), once=not self.shared
             )
         )
 
@@ -81,6 +83,8 @@ class RowGatherUnique(RowGather):
 
     Memory health counts it once a rank and step, as its owner sees it once.
     """
+
+    shared = True
 
     def _ask(self, slots_ML: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         row_A, where_ML = torch.unique(self.placement.row_of(slots_ML), return_inverse=True)

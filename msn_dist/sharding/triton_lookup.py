@@ -1,6 +1,7 @@
 """The look-up by this project's own Triton kernels.
 
-Shape suffixes: R rows on this rank, D value width, G bags, H hits, L hits of every bag where they are equal.
+Shape suffixes: R rows on this rank, D value width, G bags, H hits, L hits of every bag where they are equal, A rows
+that came from their owners.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from msn_dist.kernels import ops
+from msn_dist.kernels.sparse_scatter import gather_backward
 from msn_dist.sharding.lookup import OnDevice
 from msn_dist.sharding.value_optimizer import ValueOptimizer, ValueState
 
@@ -59,6 +61,16 @@ class TritonLookup(OnDevice):
             None if self._seeds is None else self._seeds.getrandbits(31),
         )
         return gradient_H.flatten() if of_weights else None
+
+    def gather(self, rows_AD: Tensor, where_GL: Tensor, weights_GL: Tensor) -> Tensor:
+        """pooled_GD of rows that are not the table's, float32."""
+        return ops.sparse_gather(rows_AD, where_GL, weights_GL, None)
+
+    def gather_backward(
+        self, rows_AD: Tensor, where_GL: Tensor, weights_GL: Tensor, gradient_GD: Tensor, once: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the rows and of the weights, float32; every row is hit, and with `once` by one hit alone."""
+        return gather_backward(rows_AD, where_GL, weights_GL, gradient_GD, once=once)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate
