@@ -61,10 +61,12 @@ class StepTime:
     """One training step of the busiest rank."""
 
     phases: list[Phase]
+    host: float  # seconds that the host needs to dispatch it
+    lead: float = 0.0  # that the device waits until its host is ahead
 
     @property
     def seconds(self) -> float:
-        return sum(phase.exposed for phase in self.phases)
+        return max(self.device + self.lead, self.host)  # the sum of phases would tell layouts apart by how it rounds
 
     @property
     def device(self) -> float:
@@ -141,13 +143,12 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
         Phase("optimizer", model.optimizer),
         _batch(situation),
     ]
-    device = sum(phase.exposed for phase in phases)
     chunks = situation.memory.chunks if memories else 0
     host = host_operators(model.operators, memories, chunks) * machine.dispatch.seconds
-    waiting = max(model.lead, host - device)
-    if waiting > 0:
+    time = StepTime(phases, host, model.lead)
+    if (waiting := time.seconds - time.device) > 0:
         phases.append(Phase(WAITING, waiting))
-    return StepTime(phases)
+    return time
 
 
 def host_operators(traced: int, memories: int, chunks: int) -> int:

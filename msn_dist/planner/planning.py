@@ -154,7 +154,7 @@ def _lacking(one: Priced) -> str:
 
 def _slower(one: StepTime, chosen: StepTime) -> str:
     """By how much, and in which phase most of it is."""
-    if all(any(phase.name == WAITING for phase in time.phases) for time in (one, chosen)):
+    if all(time.seconds == time.host for time in (one, chosen)):
         return f"as fast, the host is slower: device {1e3 * one.device:.3g}, not {1e3 * chosen.device:.3g}"
     share = one.seconds / chosen.seconds - 1
     theirs, ours = (
