@@ -12,7 +12,7 @@ nothing is: a rank's messages need the core that it computes on.
 
 A GPU works behind its host: a step takes no less than the host needs to dispatch its operators.  And TorchRec's id
 tables ask the GPU for lengths, so that the host begins a step with nothing ahead: an operator starts when the host has
-dispatched it, and the GPU waits as long as the first, small ones take the host more than the GPU.
+dispatched it, and the GPU waits as long as those before the first memory take the host more than the GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from msn_dist.planner.dense_trace import Op, StepTrace
 from msn_dist.planner.exchange_work import Work, exchange_work
@@ -92,18 +93,19 @@ class ModelTime:
     optimizer: float
     operators: int
     parameter_bytes: int
-    lead: float = 0.0  # that a GPU waits, all in all, until its host is ahead of it
+    lead: float = 0.0  # that a GPU waits for its host before the first memory
 
     @classmethod
     def of(cls, trace: StepTrace, machine: Machine) -> ModelTime:
         """On one rank, whose trace this is."""
         seconds = dict.fromkeys(("dense", "memory", "optimizer"), 0.0)
-        host = device = lead = 0.0
         for op in trace.ops:
+            seconds[op.region] += operator_seconds(op, machine)
+        host = device = lead = 0.0
+        for op in takewhile(lambda op: op.region == "dense" and not op.backward, trace.ops):
             host += machine.dispatch.seconds
             lead = max(lead, host - device)
-            device += (of_op := operator_seconds(op, machine))
-            seconds[op.region] += of_op
+            device += operator_seconds(op, machine)
         return cls(**seconds, operators=len(trace.ops), parameter_bytes=sum(trace.parameters), lead=lead)
 
 
