@@ -39,7 +39,7 @@ class GatherContext(ExchangeContext):
 class RowGather(RowSharded):
     """Every hit has its row sent: best at large W, and where hits repeat little."""
 
-    shared = False  # several hits may have one row of those that come
+    once = True  # each row that comes has one hit
 
     def create_context(self) -> GatherContext:
         return GatherContext()
@@ -73,7 +73,7 @@ class RowGather(RowSharded):
         trip.depart(output)
         return LazyLater(
             lambda: home_bags(
-                self.lookup, trip.arrive(), ctx.where_ML, ctx.weights_ML.to(torch.float32), once=not self.shared
+                self.lookup, trip.arrive(), ctx.where_ML, ctx.weights_ML.to(torch.float32), once=self.once
             )
         )
 
@@ -84,7 +84,7 @@ class RowGatherUnique(RowGather):
     Memory health counts it once a rank and step, as its owner sees it once.
     """
 
-    shared = True
+    once = False
 
     def _ask(self, slots_ML: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         row_A, where_ML = torch.unique(self.placement.row_of(slots_ML), return_inverse=True)
