@@ -1,4 +1,4 @@
-"""Both ways to the gradients of a retrieval against autograd in float64; runs that repeat, and scratch that is poisoned.
+"""Both ways to the gradients of a retrieval against autograd in float64; repeated runs, and poisoned scratch.
 
 Shape suffixes: M queries, H heads, N sub-keys of an axis, E key width of one half, K hits.
 """
