@@ -59,10 +59,11 @@ class StepTime:
     """One training step of the busiest rank."""
 
     phases: list[Phase]
+    host: float  # seconds that the host needs to dispatch it
 
     @property
     def seconds(self) -> float:
-        return sum(phase.exposed for phase in self.phases)
+        return max(self.device, self.host)  # the sum of phases would tell layouts apart by how it rounds
 
     @property
     def device(self) -> float:
@@ -134,12 +135,12 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
         Phase("optimizer", model.optimizer),
         _batch(situation),
     ]
-    device = sum(phase.exposed for phase in phases)
     chunks = situation.memory.chunks if memories else 0
     host = host_operators(model.operators, memories, chunks) * machine.dispatch.seconds
-    if host > device:
-        phases.append(Phase(WAITING, host - device))
-    return StepTime(phases)
+    time = StepTime(phases, host)
+    if host > time.device:
+        phases.append(Phase(WAITING, host - time.device))
+    return time
 
 
 def host_operators(traced: int, memories: int, chunks: int) -> int:
