@@ -26,7 +26,7 @@ from torch.autograd.function import Function, once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msn_dist.config import MemoryConfig, OptimizerConfig, RunConfig
-from msn_dist.planner.gpu_rules import GpuRules, fused_gate, fused_retrieve
+from msn_dist.planner.gpu_rules import GpuRules, fused_gate, fused_query_norm, fused_retrieve
 from msn_dist.planner.step_recorder import LookUp, Op, Span, StepRecorder
 
 if TYPE_CHECKING:
@@ -137,6 +137,8 @@ def _put_stand_ins(model: Ranker, rows: int, recorder: StepRecorder, on_gpu: boo
         memory.values = _Values(recorder, memory.values.dim)
         if on_gpu:
             memory.gate.product = lambda x_BTD: partial(fused_gate, recorder.kernel)
+            if model.memory.layer_norm and model.memory.key_dim <= 256:  # as ProductKeys.fused_norm
+                memory.keys.fused_norm = lambda both_BTX: partial(fused_query_norm, recorder.kernel)
         if on_gpu and _has_kernel(model.memory):
             memory.keys.back_end = lambda device: "triton"
             memory.keys.search = lambda back_end: partial(fused_retrieve, recorder.kernel)

@@ -1,7 +1,8 @@
 """What a step does on a GPU and not on a CPU, for tensors without data that say they are on a CPU.
 
 Shape suffixes: B samples, T tokens, D width; M queries, H heads, N sub-keys of an axis, E key width of one half, K hits
-of a head, A = 2 * H pairs of axis and head, C survivors of a query.
+of a head, A = 2 * H pairs of axis and head (2 axes in the LayerNorm of queries), C survivors of a query; X = 2 * H * E,
+P programs, S = 2 sums.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map
 _IN_FLOAT32 = frozenset({"layer_norm", "softmax", "sum", "exp", "log1p", "norm", "pow"})
 _SLICE = 131_072  # as kernels.retrieval
 _CHUNK, _GROUP = 32, 2048  # as kernels.segments
+_ELEMENTS, _PROGRAMS = 2048, 512  # as kernels.query_norm
 
 
 class GpuRules(TorchFunctionMode):
@@ -119,6 +121,37 @@ class _Gate(Function):
         dx_BTD, dv_BTD = torch.empty_like(x_BTD), torch.empty_like(v_BTD)
         ctx.note("gate_backward", 0, (g_BTD, x_BTD, v_BTD), (dx_BTD, dv_BTD))
         return dx_BTD, dv_BTD, None
+
+
+def fused_query_norm(
+    note: Callable, projected_MX: Tensor, gamma_AE: Tensor, beta_AE: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`kernels.query_norm.query_norm` without its results: the same tensors live as long as there; `note` as above."""
+    return _QueryNorm.apply(projected_MX, gamma_AE, beta_AE, dtype, note)
+
+
+class _QueryNorm(Function):
+    @staticmethod
+    def forward(ctx, projected_MX, gamma_AE, beta_AE, dtype, note):
+        width = gamma_AE.shape[1]
+        shape_MHE = len(projected_MX), projected_MX.shape[1] // (2 * width), width
+        row_MHE, col_MHE = (projected_MX.new_empty(shape_MHE, dtype=dtype) for _ in range(2))
+        note("query_norm", 0, (projected_MX, gamma_AE, beta_AE), (row_MHE, col_MHE))
+        ctx.note = note
+        ctx.save_for_backward(projected_MX, gamma_AE)
+        return row_MHE, col_MHE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_row_MHE, g_col_MHE):
+        projected_MX, gamma_AE = ctx.saved_tensors
+        queries, heads, width = g_row_MHE.shape
+        programs = min(_PROGRAMS, -(-queries * heads // (_ELEMENTS >> (width - 1).bit_length())))
+        dx_MX = torch.empty_like(projected_MX)
+        sums_PSAE = gamma_AE.new_empty(programs, 2, 2, width)
+        ctx.note("query_norm_backward", 0, (projected_MX, gamma_AE, g_row_MHE, g_col_MHE), (dx_MX, sums_PSAE))
+        dgamma_AE, dbeta_AE = sums_PSAE.sum(0)
+        return dx_MX, dgamma_AE, dbeta_AE, None, None
 
 
 def survivors_of(k: int) -> int:
