@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from msn_dist.kernels import bucketing, gate, ops
+from msn_dist.kernels import bucketing, gate, ops, query_norm
 
 # M, N, E, k: the last two with the backward for few sub-keys, the very last in bf16 alone
 RETRIEVALS = ((2048, 1024, 64, 32), (1024, 4096, 64, 32), (256, 32768, 64, 32), (513, 100, 48, 17), (2048, 256, 64, 32))
@@ -22,6 +22,7 @@ TABLES = ((2**20, 64), (2**20, 128), (2**18, 1024), (1001, 20))  # rows, width
 BAGS, HITS = 1025, 32
 RANKS = (2, 8, 64)
 TOKENS = ((64, 16, 1024), (33, 3, 100))  # B, T, D
+NORMS = ((2049, 1, 64), (70_001, 2, 64), (513, 3, 100))  # M, H, E
 RULES = ("rowwise_adagrad", "sgd", "rowwise_adam")
 NUMBERS = [0.01, 1e-8, 0.9, 0.999]  # lr, eps, beta1, beta2
 
@@ -49,6 +50,10 @@ def run_all(device: torch.device) -> None:
             look_up_and_step(rows, width, dtype, device)
         for shape in TOKENS:
             gated(shape, dtype, device)
+        for queries, heads, width in NORMS:
+            projected_MX = torch.randn(queries, 2 * heads * width, device=device).to(dtype).requires_grad_()
+            gamma_AE, beta_AE = (torch.randn(2, width, device=device, requires_grad=True) for _ in range(2))
+            torch.cat(query_norm.query_norm(projected_MX, gamma_AE, beta_AE, 1e-5, dtype)).sum().backward()
     for ranks in RANKS:
         row_ML = torch.randint(2**20, (BAGS, HITS), device=device)
         bucketing.bucket_hits(row_ML, -(-(2**20) // ranks), ranks)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msn_dist.kernels import survivors
+from msn_dist.kernels import sizes
 from msn_dist.kernels.order import LOWEST, best_of, index_of, packed, score_of
 from msn_dist.kernels.survivors import Survivors
 
@@ -39,7 +39,7 @@ def axis_topk(
     block: int | None = None,
 ) -> AxisTopK:
     """Sort the survivors; queries and keys are there for the queries whose survivors did not fit."""
-    capacity = survivors.capacity(k)
+    capacity = sizes.survivors_of(k)
     pairs, padded = found.count_AM.shape
     device = found.count_AM.device
     best = AxisTopK(

@@ -22,11 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msn_dist.kernels import sizes
 from msn_dist.kernels.support import interpreted
-
-MAX_SUB_KEYS = 256
-MAX_SUMS = 2**14  # of a program: N * E, padded, that its registers hold; half as many where operands are tf32
-PROGRAMS = 256  # about two for each multiprocessor of an H200; a constant, so that sums do not depend on the device
 
 
 @dataclass(frozen=True)
@@ -35,19 +32,17 @@ class Shape:
 
     queries: int  # of a block
     warps: int
-    programs: int = PROGRAMS
+    programs: int = sizes.COMPARING_PROGRAMS
 
 
 def fits(keys_HNE: Tensor) -> bool:
     """Whether all sub-keys of a head and their sums fit into a program."""
-    _, sub_keys, width = keys_HNE.shape
-    most = MAX_SUMS if keys_HNE.dtype == torch.bfloat16 else MAX_SUMS // 2
-    return sub_keys <= MAX_SUB_KEYS and _padded(sub_keys) * _padded(width) <= most
+    return sizes.compares(*keys_HNE.shape[1:], keys_HNE.dtype)
 
 
 def shape_for(dtype: torch.dtype) -> Shape:
     """The launch for operands of that dtype, within the shared memory of any GPU since capability 8.0."""
-    return Shape(queries=64 if dtype == torch.bfloat16 else 16, warps=8)
+    return Shape(queries=sizes.compared_queries(dtype), warps=4 if dtype == torch.bfloat16 else 8)
 
 
 def gradients(
@@ -74,11 +69,9 @@ def gradients(
     of_queries = torch.empty_like(queries[0]), torch.empty_like(queries[1])
     index_AHKM = torch.empty(2, heads, k, count, dtype=torch.int16, device=device)
     dz_HKM = torch.empty(heads, k, count, device=device)
-    blocks = triton.cdiv(count, shape.queries)
-    each = triton.cdiv(blocks, max(1, shape.programs // (2 * heads)))  # blocks of a program
-    splits = triton.cdiv(blocks, each) if blocks else 0
+    each, splits = sizes.compared_splits(count, heads, shape.queries, shape.programs)
     sums_SAHNE = torch.empty(splits, 2, heads, sub_keys, width, device=device)
-    if blocks:
+    if count:
         _hits_kernel[(triton.cdiv(count, 64), heads)](
             slots_MHK,
             weights_MHK,
@@ -103,12 +96,12 @@ def gradients(
             count,
             heads,
             sub_keys,
-            blocks,
+            triton.cdiv(count, shape.queries),
             each,
             k,
             width=width,
-            padded_keys=_padded(sub_keys),
-            padded_width=_padded(width),
+            padded_keys=max(16, triton.next_power_of_2(sub_keys)),
+            padded_width=max(16, triton.next_power_of_2(width)),
             block_queries=shape.queries,
             two_parts=dtype == torch.bfloat16,
             scalar=interpreted(),
@@ -116,11 +109,6 @@ def gradients(
         )
     row_HNE, col_HNE = sums_SAHNE.sum(0)
     return *of_queries, row_HNE.to(dtype, copy=True), col_HNE.to(dtype, copy=True)
-
-
-def _padded(size: int) -> int:
-    """To what the matrix units take."""
-    return max(16, triton.next_power_of_2(size))
 
 
 @triton.jit(do_not_specialize=["count"])

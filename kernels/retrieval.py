@@ -23,14 +23,10 @@ from torch import Tensor
 from msn_dist.kernels import key_gradient
 from msn_dist.kernels.axis_topk import axis_topk
 from msn_dist.kernels.pair_topk import pair_topk
+from msn_dist.kernels.sizes import MAX_K, MAX_KEY_DIM, MAX_SUB_KEYS, RETRIEVED_AT_ONCE
 from msn_dist.kernels.sparse_gather import sparse_gather
 from msn_dist.kernels.sparse_scatter import scatter_sum
 from msn_dist.kernels.survivors import survivors
-
-MAX_K = 128
-MAX_SUB_KEYS = 65_536
-MAX_KEY_DIM = 256
-_SLICE = 131_072  # (query, head) pairs at a time: bounds the scratch memory to about 1.6 KiB * _SLICE at k = 32
 
 
 def retrieve(
@@ -53,7 +49,7 @@ def retrieve(
     count, heads, _ = queries[0].shape
     slots_MHK = torch.empty(count, heads, k, dtype=torch.int64, device=queries[0].device)
     weights_MHK = torch.empty(count, heads, k, device=queries[0].device)
-    step = max(1, _SLICE // heads)
+    step = max(1, RETRIEVED_AT_ONCE // heads)
     for start in range(0, count, step):
         part = slice(start, start + step)
         some = (queries[0][part], queries[1][part])

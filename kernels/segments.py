@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msn_dist.kernels import sizes
 from msn_dist.kernels.sparse_bags import Bags
 
-CHUNK = tl.constexpr(32)  # hits
-GROUP = tl.constexpr(2048)  # hits
+CHUNK, GROUP = tl.constexpr(sizes.CHUNK), tl.constexpr(sizes.GROUP)
 MOST_HITS = 2**31 - 2**20
 
 
@@ -73,8 +73,8 @@ def tile_shape(width: int, hits_of_a_row: float) -> TileShape:
     Where rows have many hits each, chunks are summed beforehand and few segments begin in a tile: large tiles then.
     """
     padded = triton.next_power_of_2(width)
-    if hits_of_a_row >= 2 * CHUNK.value and padded <= 128:
-        return TileShape(CHUNK.value, 1)
+    if hits_of_a_row >= 2 * sizes.CHUNK and padded <= 128:
+        return TileShape(sizes.CHUNK, 1)
     return TileShape(min(1024 // padded, 8) if padded <= 256 else 1, min(max(padded // 512, 1), 4))
 
 
@@ -97,7 +97,7 @@ def segments_of(
     if hits > MOST_HITS:
         raise ValueError(f"there are {hits} hits: at most {MOST_HITS} can be sorted at once; split the bags")
     if once:
-        keys_H = bags.rows_H.to(_key_dtype(rows))
+        keys_H = bags.rows_H.to(sizes.key_dtype(rows))
         order_H = torch.arange(hits, dtype=torch.int32, device=keys_H.device)
     else:
         keys_H, order_H = _sorted(bags.rows_H, rows)
@@ -105,7 +105,7 @@ def segments_of(
     if bags.offsets_G1 is not None:
         each_G = torch.arange(bags.count, dtype=torch.int32, device=keys_H.device)
         bag_H = torch.repeat_interleave(each_G, bags.offsets_G1.diff(), output_size=hits)
-    chunks, groups = (0, 0) if once else (hits // CHUNK.value, hits // GROUP.value)
+    chunks, groups = (0, 0) if once else (hits // sizes.CHUNK, hits // sizes.GROUP)
     partial_PD = torch.empty(chunks + groups, width, dtype=torch.float32, device=keys_H.device)
     shape = shape or tile_shape(width, hits / rows)
     segments = Segments(keys_H, order_H, bag_H, bags.weights_H, source_GD, partial_PD, bags.size, shape)
@@ -127,11 +127,7 @@ def _sorted(rows_H: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     if 2**15 < rows <= 2**16:  # without a sign they fit 16 bits: the first bit flipped, they sort with one
         keys_H, order_H = torch.sort(rows_H.to(torch.int16) ^ -(2**15), stable=True)
         return keys_H.to(torch.int32).add_(2**15), order_H
-    return torch.sort(rows_H.to(_key_dtype(rows)), stable=True)
-
-
-def _key_dtype(rows: int) -> torch.dtype:
-    return torch.int16 if rows <= 2**15 else torch.int32 if rows <= 2**31 else torch.int64
+    return torch.sort(rows_H.to(sizes.key_dtype(rows)), stable=True)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msn_dist.kernels.sizes import survivors_of
 from msn_dist.kernels.support import interpreted
 
 
@@ -44,11 +45,6 @@ class Shape:
     registers: int  # of a thread, at most
 
 
-def capacity(k: int) -> int:
-    """C: survivors that fit, for k hits."""
-    return max(16, 2 * triton.next_power_of_2(k))
-
-
 def shape_for(key_bytes: int, groups: int) -> Shape:
     """The launch for sub-keys of that many bytes, padding included."""
     if key_bytes <= 256 and groups == 128:
@@ -63,13 +59,13 @@ def survivors(
     """Candidates for the k best columns: queries_MHE and keys_HNE of the row axis and of the column axis."""
     count, heads, width = queries[0].shape
     sub_keys = keys[0].shape[1]
-    groups = max(128, capacity(k))
+    groups = max(128, survivors_of(k))
     padded_width = max(16, triton.next_power_of_2(width))
     shape = shape or shape_for(padded_width * queries[0].element_size(), groups)
     padded = triton.cdiv(count, shape.queries) * shape.queries
     device = queries[0].device
     found = Survivors(
-        torch.empty(capacity(k) + 8, 2 * heads, padded, dtype=torch.int64, device=device),
+        torch.empty(survivors_of(k) + 8, 2 * heads, padded, dtype=torch.int64, device=device),
         torch.empty(2 * heads, padded, dtype=torch.int32, device=device),
     )
     _survivors_kernel[(padded // shape.queries, 2 * heads)](
@@ -87,7 +83,7 @@ def survivors(
         width=width,
         piece=min(padded_width, 256 if queries[0].element_size() == 2 else 64),
         pieces=triton.cdiv(padded_width, 256 if queries[0].element_size() == 2 else 64),
-        capacity=capacity(k),
+        capacity=survivors_of(k),
         groups=groups,
         block_queries=shape.queries,
         precision="tf32x3" if queries[0].dtype == torch.float32 else "ieee",

@@ -110,8 +110,8 @@ def test_queries_of_both_axes_are_those_of_each(layer_norm: bool, autocast: bool
     axes = keys.row, keys.col
     x_BTD = torch.randn(50, 2, 12, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = keys.queries(x_BTD)
-        expected = [axis.queries(axis.query(x_BTD)) for axis in axes]
+        found = keys.queries(x_BTD, torch.float32)
+        expected = [axis.queries(axis.query(x_BTD)).float() for axis in axes]
     gradients = [torch.randn_like(queries_BTHE) for queries_BTHE in expected]
     inputs = [x_BTD, *(axis.query.weight for axis in axes)]
     found = [*found, *torch.autograd.grad(found, inputs, gradients)]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from msn_dist.kernels import reference, retrieval
 from msn_dist.kernels.retrieval import retrieve, retrieve_backward
-from msn_dist.kernels.survivors import capacity, survivors
+from msn_dist.kernels.sizes import survivors_of
+from msn_dist.kernels.survivors import survivors
 from triton_device import DEVICE
 
 
@@ -144,7 +145,7 @@ def test_a_query_of_zeros_gets_the_first_columns_of_the_first_row() -> None:
 
 def test_more_survivors_than_fit_change_nothing() -> None:
     given, hot, k = overflowing()
-    fits_M = (survivors(given[:2], given[2:], k).count_AM[0, :4] <= capacity(k)).tolist()
+    fits_M = (survivors(given[:2], given[2:], k).count_AM[0, :4] <= survivors_of(k)).tolist()
     assert fits_M == [False, True, False, True]
     found = retrieve(*given, k, 0.25)
     assert_retrieved(found, given, k, 0.25)
@@ -152,7 +153,7 @@ def test_more_survivors_than_fit_change_nothing() -> None:
     # the same columns in other places, 21 groups: all queries fit
     order = torch.cat([hot, torch.tensor([c for c in range(390) if c not in hot.tolist()], device=DEVICE)])
     spread = (*given[:2], given[2][:, order], given[3])
-    assert (survivors(spread[:2], spread[2:], k).count_AM[0, :4] <= capacity(k)).all()
+    assert (survivors(spread[:2], spread[2:], k).count_AM[0, :4] <= survivors_of(k)).all()
     slots_MHK, weights_MHK = retrieve(*spread, k, 0.25)
     assert torch.equal(found[0], order[slots_MHK // 390] * 390 + slots_MHK % 390)
     torch.testing.assert_close(found[1], weights_MHK, rtol=1e-5, atol=1e-6)
@@ -218,7 +219,7 @@ def test_slices_of_the_queries_give_the_same(monkeypatch: pytest.MonkeyPatch) ->
     # whole numbers, whose products are exact in any order
     given = tuple(operand.mul(4).round() for operand in operands(10, 2, 40, 16))
     whole = retrieve(*given, 3, 0.25)
-    monkeypatch.setattr(retrieval, "_SLICE", 8)  # 4, 4 and 2 queries
+    monkeypatch.setattr(retrieval, "RETRIEVED_AT_ONCE", 8)  # 4, 4 and 2 queries
     assert_same(retrieve(*given, 3, 0.25), whole)
 
 
@@ -281,6 +282,6 @@ def test_large_shapes_are_exact(
 
 @pytest.mark.gpu
 def test_more_queries_than_a_slice_are_exact() -> None:
-    assert 200_000 > retrieval._SLICE
+    assert 200_000 > retrieval.RETRIEVED_AT_ONCE
     given = operands(200_000, 1, 256, 64, BF16)
     assert assert_retrieved(retrieve(*given, 8, 0.125), given, 8, 0.125, atol=1e-5) > 0.999

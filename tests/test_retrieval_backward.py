@@ -14,7 +14,6 @@ from torch import Tensor
 
 from msn_dist.kernels import key_gradient, reference, retrieval
 from msn_dist.kernels.retrieval import retrieve, retrieve_backward
-from msn_dist.planner.gpu_rules import compares
 from triton_device import DEVICE
 
 
@@ -174,11 +173,3 @@ def test_either_backward_is_exact_at_every_launch(
     given = operands(queries, 2, sub_keys, width, dtype)
     slots_MHK, _ = retrieve(*given, k, width**-0.5)
     assert_gradients(given, slots_MHK, width**-0.5)
-
-
-def test_the_planner_knows_which_backward_it_is() -> None:
-    for dtype in (FP32, BF16, FP16):
-        for sub_keys in (2, 16, 17, 64, 100, 128, 200, 256, 257, 1000):
-            for width in (1, 16, 20, 64, 65, 128, 256):
-                keys_HNE = torch.empty(1, sub_keys, width, dtype=dtype)
-                assert compares(keys_HNE) == key_gradient.fits(keys_HNE)

@@ -6,7 +6,7 @@ s_row[I] + s_col[J], so its top-k comes from the top-k of each axis, at a cost o
 The search itself has two back ends that are given the same operands: `kernels.reference`, and Triton kernels.
 
 Shape suffixes: B samples, T tokens, D model width, H heads, E key width of one half (d_k),
-N sub-keys per axis, K slots read, M = B * T * H queries, X = H * E.
+N sub-keys per axis, K slots read, M = B * T queries of a head, A = 2 axes, X = H * E of one axis or of both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from msn_dist.config import MemoryConfig
 from msn_dist.errors import InputError
-from msn_dist.kernels import reference
+from msn_dist.kernels import reference, sizes
 from msn_dist.kernels.support import interpreted, why_no_triton
 
 
@@ -82,14 +82,34 @@ class ProductKeys(nn.Module):
         self.row = KeyAxis(config, width)
         self.col = KeyAxis(config, width)
 
-    def queries(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """queries_BTHE of the row and of the column axis.
+    def queries(self, x_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """queries_BTHE of the row and of the column axis, in `dtype`.
 
         Both projections are one product: x is read and cast once, and its gradient comes out of one product too.
         """
         weights_XD = torch.cat([self.row.query.weight, self.col.query.weight])
-        row_BTX, col_BTX = functional.linear(x_BTD, weights_XD).chunk(2, dim=-1)
-        return self.row.queries(row_BTX), self.col.queries(col_BTX)
+        both_BTX = functional.linear(x_BTD, weights_XD)
+        fused = self.fused_norm(both_BTX)
+        if fused is None:
+            row_BTX, col_BTX = both_BTX.chunk(2, dim=-1)
+            return self.row.queries(row_BTX).to(dtype), self.col.queries(col_BTX).to(dtype)
+        norms = self.row.query_norm, self.col.query_norm
+        gamma_AE, beta_AE = (torch.stack([getattr(norm, name) for norm in norms]) for name in ("weight", "bias"))
+        row_MHE, col_MHE = fused(both_BTX.flatten(0, 1), gamma_AE, beta_AE, norms[0].eps, dtype)
+        return row_MHE.unflatten(0, x_BTD.shape[:2]), col_MHE.unflatten(0, x_BTD.shape[:2])
+
+    def fused_norm(self, both_BTX: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """`kernels.query_norm.query_norm` on a GPU that the kernels run on, else None: LayerNorm by torch."""
+        norm = self.row.query_norm
+        # compiled, the plain formula becomes one kernel by itself; the kernels have no float64
+        plain = torch.compiler.is_compiling() or not both_BTX.is_cuda or both_BTX.dtype == torch.float64
+        if plain or isinstance(norm, nn.Identity) or norm.weight.dtype != torch.float32:
+            return None
+        if interpreted() or why_no_triton(both_BTX.device):
+            return None
+        from msn_dist.kernels.query_norm import query_norm
+
+        return query_norm if norm.weight.numel() <= sizes.NORM_WIDTH else None
 
     def back_end(self, device: torch.device) -> str:
         """What `choose_retrieval` makes of the configuration."""
@@ -111,16 +131,14 @@ class ProductKeys(nn.Module):
         """
         device = x_BTD.device.type
         back_end = self.back_end(x_BTD.device)
-        row_BTHE, col_BTHE = self.queries(x_BTD)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         else:  # the kernels have no float64
             dtype = torch.float32 if back_end == "triton" else torch.promote_types(x_BTD.dtype, torch.float32)
+        queries = (queries_BTHE.flatten(0, 1) for queries_BTHE in self.queries(x_BTD, dtype))
         with torch.autocast(device, enabled=False):  # keys are few: casts would cost more than products of 32 bits
-            operands = row_BTHE.flatten(0, 1), col_BTHE.flatten(0, 1), self.row.keys(), self.col.keys()
-            slots_MHK, weights_MHK = self.search(back_end)(
-                *(operand.to(dtype) for operand in operands), self.top_k, self.row.tau
-            )
+            keys = self.row.keys().to(dtype), self.col.keys().to(dtype)
+            slots_MHK, weights_MHK = self.search(back_end)(*queries, *keys, self.top_k, self.row.tau)
         shape_BT = x_BTD.shape[:2]
         return slots_MHK.unflatten(0, shape_BT), weights_MHK.unflatten(0, shape_BT)
 
@@ -143,12 +161,10 @@ def choose_retrieval(kind: str, device: str, top_k: int, sub_keys: int, key_dim:
 
 
 def _too_large(top_k: int, sub_keys: int, key_dim: int) -> str | None:
-    from msn_dist.kernels.retrieval import MAX_K, MAX_KEY_DIM, MAX_SUB_KEYS
-
     for name, value, limit in (
-        ("top_k", top_k, MAX_K),
-        ("sub_keys", sub_keys, MAX_SUB_KEYS),
-        ("key_dim", key_dim, MAX_KEY_DIM),
+        ("top_k", top_k, sizes.MAX_K),
+        ("sub_keys", sub_keys, sizes.MAX_SUB_KEYS),
+        ("key_dim", key_dim, sizes.MAX_KEY_DIM),
     ):
         if value > limit:
             return f"the kernels take {name} up to {limit}, and it is {value}"

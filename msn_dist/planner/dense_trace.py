@@ -26,7 +26,8 @@ from torch.autograd.function import Function, once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msn_dist.config import MemoryConfig, OptimizerConfig, RunConfig
-from msn_dist.planner.gpu_rules import GpuRules, fused_gate, fused_retrieve
+from msn_dist.kernels.sizes import MAX_K, MAX_KEY_DIM, MAX_SUB_KEYS, NORM_WIDTH
+from msn_dist.planner.gpu_rules import GpuRules, fused_gate, fused_query_norm, fused_retrieve
 from msn_dist.planner.step_recorder import LookUp, Op, Span, StepRecorder
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def _put_stand_ins(model: Ranker, rows: int, recorder: StepRecorder, on_gpu: boo
         memory.values = _Values(recorder, memory.values.dim)
         if on_gpu:
             memory.gate.product = lambda x_BTD: partial(fused_gate, recorder.kernel)
+            if model.memory.layer_norm and model.memory.key_dim <= NORM_WIDTH:  # as ProductKeys.fused_norm
+                memory.keys.fused_norm = lambda both_BTX: partial(fused_query_norm, recorder.kernel)
         if on_gpu and _has_kernel(model.memory):
             memory.keys.back_end = lambda device: "triton"
             memory.keys.search = lambda back_end: partial(fused_retrieve, recorder.kernel)
@@ -146,8 +149,8 @@ def _put_stand_ins(model: Ranker, rows: int, recorder: StepRecorder, on_gpu: boo
 
 def _has_kernel(memory: MemoryConfig) -> bool:
     """Whether retrieval goes through kernels on a GPU that has them; see memory.product_keys.choose_retrieval."""
-    # the limits of kernels.retrieval, which cannot be imported without Triton
-    fits = memory.top_k <= 128 and memory.sub_keys <= 65_536 and memory.key_dim <= 256
+    limits = (memory.top_k, MAX_K), (memory.sub_keys, MAX_SUB_KEYS), (memory.key_dim, MAX_KEY_DIM)
+    fits = all(size <= limit for size, limit in limits)
     return memory.retrieval == "triton" or (memory.retrieval == "auto" and fits)
 
 

@@ -1,13 +1,12 @@
 """What a step does on a GPU and not on a CPU, for tensors without data that say they are on a CPU.
 
 Shape suffixes: B samples, T tokens, D width; M queries, H heads, N sub-keys of an axis, E key width of one half, K hits
-of a head, A = 2 * H pairs of axis and head, C survivors of a query,
-S splits of the queries.
+of a head, A = 2 * H pairs of axis and head (2 axes in the LayerNorm of queries), C survivors of a query, S splits of
+the queries (2 sums in the LayerNorm), P programs; X = 2 * H * E.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +16,10 @@ from torch.autograd.function import Function, once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from msn_dist.kernels import sizes
+
 # of the functions that models here call, those that autocast runs in float32 on CUDA and not on a CPU
 _IN_FLOAT32 = frozenset({"layer_norm", "softmax", "sum", "exp", "log1p", "norm", "pow"})
-_SLICE = 131_072  # as kernels.retrieval
-_CHUNK, _GROUP = 32, 2048  # as kernels.segments
-_MOST_COMPARED, _MOST_SUMS, _PROGRAMS = 256, 2**14, 256  # as kernels.key_gradient
 
 
 class GpuRules(TorchFunctionMode):
@@ -66,8 +64,8 @@ class _Retrieve(Function):
         queries, heads, _ = row_queries_MHE.shape
         weights_MHK = row_queries_MHE.new_empty(queries, heads, k, dtype=torch.float32)
         slots_MHK = torch.empty_like(weights_MHK, dtype=torch.int64)
-        padded = -(-min(queries, max(1, _SLICE // heads)) // 64) * 64
-        survivors_CAM = slots_MHK.new_empty(survivors_of(k) + 8, 2 * heads, padded)
+        padded = -(-min(queries, max(1, sizes.RETRIEVED_AT_ONCE // heads)) // 64) * 64
+        survivors_CAM = slots_MHK.new_empty(sizes.survivors_of(k) + 8, 2 * heads, padded)
         counts_AM = slots_MHK.new_empty(2 * heads, padded, dtype=torch.int32)
         best_KAM = weights_MHK.new_empty(2, k, 2 * heads, padded)  # scores, and columns of int32
         del survivors_CAM, counts_AM, best_KAM
@@ -83,19 +81,13 @@ class _Retrieve(Function):
     @once_differentiable
     def backward(ctx, _, gradient_MHK):
         *operands, slots_MHK, weights_MHK = ctx.saved_tensors
-        gradients = (_compared if compares(operands[2]) else _sorted)(*operands, slots_MHK)
+        sub_keys, width = operands[2].shape[1:]
+        scratch = _compared if sizes.compares(sub_keys, width, operands[2].dtype) else _sorted
+        gradients = scratch(*operands, slots_MHK)
         inputs = *operands, slots_MHK, weights_MHK, gradient_MHK
         flops = 8 * slots_MHK.numel() * operands[0].shape[2]
         ctx.note("retrieve_backward", flops, inputs, gradients)
         return *gradients, None, None
-
-
-def compares(keys_HNE: Tensor) -> bool:
-    """`kernels.key_gradient.fits`."""
-    _, sub_keys, width = keys_HNE.shape
-    most = _MOST_SUMS if keys_HNE.dtype == torch.bfloat16 else _MOST_SUMS // 2
-    sums = math.prod(max(16, 1 << (size - 1).bit_length()) for size in (sub_keys, width))
-    return sub_keys <= _MOST_COMPARED and sums <= most
 
 
 def _compared(
@@ -106,9 +98,7 @@ def _compared(
     of_queries = [torch.empty_like(operand) for operand in (row_queries_MHE, col_queries_MHE)]
     index_AKM = slots_MHK.new_empty(2 * heads, k, queries, dtype=torch.int16)
     dz_HKM = slots_MHK.new_empty(heads, k, queries, dtype=torch.float32)
-    blocks = -(-queries // (64 if row_keys_HNE.dtype == torch.bfloat16 else 16))
-    each = -(-blocks // max(1, _PROGRAMS // (2 * heads)))
-    splits = -(-blocks // each) if blocks else 0
+    _, splits = sizes.compared_splits(queries, heads, sizes.compared_queries(row_keys_HNE.dtype))
     sums_SANE = dz_HKM.new_empty(splits, 2 * heads, *row_keys_HNE.shape[1:])
     sums_ANE = dz_HKM.new_empty(sums_SANE.shape[1:])
     of_keys = [torch.empty_like(keys) for keys in (row_keys_HNE, col_keys_HNE)]
@@ -128,7 +118,7 @@ def _sorted(
     of_queries = [operand.new_empty(operand.shape) for operand in (row_queries_MHE, col_queries_MHE)]
     queries_GE = row_queries_MHE.new_empty(2 * bags, width)
     sums_XE = slots_MHK.new_empty(2 * keys, width, dtype=torch.float32)
-    scratch = slots_MHK.new_empty(sorted_bytes(2 * bags * k, 2 * keys, width), dtype=torch.uint8)
+    scratch = slots_MHK.new_empty(sizes.sorted_bytes(2 * bags * k, 2 * keys, width), dtype=torch.uint8)
     del scratch
     of_keys = [part.to(row_keys_HNE.dtype, copy=True).view_as(row_keys_HNE) for part in sums_XE.split(keys)]
     del keys_GK, dz_GK, keys_XE, queries_GE, sums_XE
@@ -158,16 +148,30 @@ class _Gate(Function):
         return dx_BTD, dv_BTD, None
 
 
-def survivors_of(k: int) -> int:
-    """`kernels.survivors.capacity`."""
-    return max(16, 2 << max(0, k - 1).bit_length())
+def fused_query_norm(
+    note: Callable, projected_MX: Tensor, gamma_AE: Tensor, beta_AE: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`kernels.query_norm.query_norm` without its results: the same tensors live as long as there; `note` as above."""
+    return _QueryNorm.apply(projected_MX, gamma_AE, beta_AE, dtype, note)
 
 
-def sorted_bytes(hits: int, rows: int, width: int) -> int:
-    """Most scratch of `kernels.segments.segments_of`: of the sort, or of sorted hits and their partial sums.
+class _QueryNorm(Function):
+    @staticmethod
+    def forward(ctx, projected_MX, gamma_AE, beta_AE, dtype, note):
+        width = gamma_AE.shape[1]
+        shape_MHE = len(projected_MX), projected_MX.shape[1] // (2 * width), width
+        row_MHE, col_MHE = (projected_MX.new_empty(shape_MHE, dtype=dtype) for _ in range(2))
+        note("query_norm", 0, (projected_MX, gamma_AE, beta_AE), (row_MHE, col_MHE))
+        ctx.note = note
+        ctx.save_for_backward(projected_MX, gamma_AE)
+        return row_MHE, col_MHE
 
-    The sort has keys and places twice, and radix sort takes as much again.
-    """
-    key = 2 if rows <= 2**15 else 4 if rows <= 2**31 else 8
-    sorted_key = 2 if rows <= 2**16 else key
-    return hits * (key + 8) + max(2 * hits * (sorted_key + 8), 4 * width * (hits // _CHUNK + hits // _GROUP))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_row_MHE, g_col_MHE):
+        projected_MX, gamma_AE = ctx.saved_tensors
+        dx_MX = torch.empty_like(projected_MX)
+        sums_PSAE = gamma_AE.new_empty(sizes.norm_programs(g_row_MHE.shape), 2, *gamma_AE.shape)
+        ctx.note("query_norm_backward", 0, (projected_MX, gamma_AE, g_row_MHE, g_col_MHE), (dx_MX, sums_PSAE))
+        dgamma_AE, dbeta_AE = sums_PSAE.sum(0)
+        return dx_MX, dgamma_AE, dbeta_AE, None, None

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from msn_dist.kernels.sizes import sorted_bytes
 from msn_dist.memory.health import SlotUsage
 from msn_dist.memory.placement import Placement
 from msn_dist.memory.values import VALUE_DTYPES
-from msn_dist.planner.gpu_rules import sorted_bytes
 from msn_dist.planner.layout import Layout
 from msn_dist.sharding.buckets import Buckets
 from msn_dist.sharding.column import Column
