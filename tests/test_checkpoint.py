@@ -20,7 +20,7 @@ from msn_dist.errors import InputError
 from msn_dist.memory import Placement
 from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.planner import plan
-from msn_dist.training import checkpoint
+from msn_dist.training import checkpoint, checkpoint_pieces
 from msn_dist.training.checkpoint import Checkpoints, load_checkpoint, read, save_checkpoint, tensors_in
 from msn_dist.training.growth import grow
 from msn_dist.training.ranks import Ranks, joined_ranks
@@ -38,6 +38,7 @@ LOADED_AS = {  # strategies by world size
     4: ["row_pooled"],
     8: ["row_pooled"],
 }
+PIECE = 512  # bytes, of which even these tables have many
 OTHER_KINDS = ["sgd", "rowwise_adam"]  # than row-wise Adagrad, of the values' optimizer
 OTHERS_LOADED_AS = {2: "column", 3: "replicated"}
 LOADED = [(world, strategy) for world, strategies in LOADED_AS.items() for strategy in strategies]
@@ -98,7 +99,7 @@ def save_and_train_on(trainer: Trainer, folder: Path) -> dict[str, Any]:
     checkpoint._Replacing.write_data = write_later
     checkpoints = Checkpoints(path, trainer.ranks)
     train(trainer, folder, range(SAVED_AFTER - 1))
-    checkpoints.save(trainer.model, trainer.optimizers)
+    checkpoints.save(trainer.model, trainer.optimizers, print)
     train(trainer, folder, range(SAVED_AFTER - 1, SAVED_AFTER))
     found["before the first is complete"] = path.exists()
     held.set()
@@ -106,7 +107,7 @@ def save_and_train_on(trainer: Trainer, folder: Path) -> dict[str, Any]:
     first = (path / ".metadata").read_bytes()
 
     held.clear()
-    checkpoints.save(trainer.model, trainer.optimizers)
+    checkpoints.save(trainer.model, trainer.optimizers, print)
     found["hashes"] = hashes(trainer)
     found["losses"] = train(trainer, folder, range(SAVED_AFTER, len(STEPS)))
     found["before the second is complete"] = (path / ".metadata").read_bytes() == first
@@ -117,14 +118,35 @@ def save_and_train_on(trainer: Trainer, folder: Path) -> dict[str, Any]:
     return found
 
 
+def save_at_once(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """Two saves by a host that has no room for a copy."""
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "free_host_bytes", lambda: 1000)
+        checkpoints = Checkpoints(folder / "at once", trainer.ranks)
+        for _ in range(2):
+            assert checkpoints.save(trainer.model, trainer.optimizers, said.append) is None
+    found = {"hashes": hashes(trainer), "said": said, "seconds": checkpoints.seconds}
+    train(trainer, folder, range(SAVED_AFTER, len(STEPS)))  # into the same tensors
+    return found
+
+
 def at_one_world_size(rank: int, world: int, folder: Path) -> dict[str, Any]:
     set_use_sync_collectives(True)  # as joined_ranks does
     plan._ROW_WISE_FROM = 35  # so that an id table is cut by rows
+    checkpoint_pieces.PIECE = PIECE
     ranks = Ranks(rank, world, world, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
     found = {}
     if world == 4:
         trainer = trainer_of(folder, ranks)
         found["saved"] = save_and_train_on(trainer, folder)
+        del trainer
+        gc.collect()
+        trainer = trainer_of(folder, ranks)
+        train(trainer, folder, range(SAVED_AFTER))
+        found["at once"] = save_at_once(trainer, folder)
+        load_checkpoint(folder / "at once", trainer.model, trainer.optimizers, ranks)
+        found["at once, loaded"] = hashes(trainer)
         del trainer
         gc.collect()
         trainer = trainer_of(folder, ranks, value_dtype="bf16")
@@ -193,6 +215,26 @@ def test_a_checkpoint_is_replaced_when_the_next_one_is_complete(found) -> None:
         assert not saved["before the first is complete"]
         assert saved["before the second is complete"]
         assert saved["folders"] == ["checkpoint", "data"]
+
+
+def test_a_host_without_room_for_a_copy_writes_at_once_and_says_so_once(found) -> None:
+    for of_rank in found[4]:
+        saved = of_rank["at once"]
+        (note,) = saved["said"]
+        assert note.startswith("note: training waits while a checkpoint is written: a copy of the state takes ")
+        assert note.endswith("of a node's memory and its files as much again, and 1000 B is free")
+        assert saved["seconds"] > 0
+        assert of_rank["at once, loaded"] == saved["hashes"] == of_rank["saved"]["hashes"]
+
+
+def test_a_rank_writes_its_part_of_a_table_in_pieces(folder: Path, found) -> None:
+    with joined_ranks(TrainingConfig(device="cpu")) as ranks:
+        stored = tensors_in(folder / "checkpoint", ranks)
+    for name in (name for name in stored if name.endswith("values.weight")):
+        slots, dim = stored[name].size
+        pieces = sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in stored[name].chunks)
+        assert len(pieces) > 4 and max(rows for _, rows in pieces) == PIECE // (4 * dim)
+        assert [start + rows for start, rows in pieces] == [start for start, _ in pieces[1:]] + [slots]
 
 
 @pytest.mark.parametrize(("world", "strategy"), LOADED)

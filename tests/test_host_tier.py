@@ -266,7 +266,7 @@ def test_what_is_free_is_what_the_system_or_the_container_can_still_give(tmp_pat
     assert free_host_bytes(tmp_path) == 70 * 1024
     for limit, free in (("max", 70 * 1024), ("50000", 20_000)):
         (group / "memory.max").write_text(f"{limit}\n")
-        (group / "memory.stat").write_text("anon 30000\nfile 999999\n")
+        (group / "memory.stat").write_text("anon 20000\nfile 999999\nshmem 10000\n")
         assert free_host_bytes(tmp_path) == free
     assert free_host_bytes() is None or free_host_bytes() > 0
 

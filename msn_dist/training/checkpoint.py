@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +26,9 @@ from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from msn_dist.errors import InputError
+from msn_dist.training.checkpoint_pieces import InPieces
 from msn_dist.training.console import Console
+from msn_dist.training.host_memory import free_host_bytes
 from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import Ranks
 from msn_dist.units import binary
@@ -35,7 +37,7 @@ _SHOWN = 3  # of the tensors that do not fit
 
 
 class Checkpoints:
-    """The checkpoint at `path`, a folder that all ranks see, written while training goes on.
+    """The checkpoint at `path`, a folder that all ranks see, written while training goes on where the host has room.
 
     Every method is a collective call.  What `path` holds is replaced only when the new state is complete.
     """
@@ -47,26 +49,48 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo")
         self._writing: Future | None = None
         self._started = 0.0
+        self._told = False
         self.bytes = 0  # of all ranks, in the last checkpoint
         self.seconds: float | None = None  # from the call of `save` until it was written
 
-    def save(self, model: DistributedModelParallel, optimizers: Optimizers) -> str | None:
+    def save(self, model: DistributedModelParallel, optimizers: Optimizers, say: Callable[[str], None]) -> str | None:
         """Copy the state of model and optimizers to the host, and write the copy in the background.
 
-        Nothing is written, and the answer says why, where the storage has not the room.
+        Where the host has no room for the copy, the state is written as it is before this returns, and `say` is told
+        once.  Nothing is written, and the answer says why, where the storage has not the room.
         """
         self.wait()
         self._started = time.perf_counter()
         state = _state(model, optimizers)
         if problem := self._why_no_room(state):
             return problem
+        if problem := self._why_no_copy(state):
+            if not self._told:
+                say(f"note: training waits while a checkpoint is written: {problem}")
+            self._told = True
+            write(self.path, state, self._ranks, self._group)
+            self._written()
+            return None
         writer = _Replacing(self.path, self._ranks)
-        self._writing = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+        self._writing = dcp.async_save(state, storage_writer=writer, planner=InPieces(), process_group=self._group)
         self._writing.add_done_callback(self._written)
         return None
 
-    def _written(self, _: Future) -> None:
+    def _written(self, _: Future | None = None) -> None:
         self.seconds = time.perf_counter() - self._started
+
+    def _why_no_copy(self, state: dict[str, Any]) -> str | None:
+        """The system keeps what is written in memory for a while, or for good if `path` is in a memory file system."""
+        free = free_host_bytes()
+        sizes = torch.tensor([_local_bytes(state), 0 if free is None else -free])
+        dist.all_reduce(sizes, dist.ReduceOp.MAX, group=self._ranks.control)
+        copy, free = int(sizes[0]) * self._ranks.local_world, -int(sizes[1])
+        if not free or 2 * copy <= free:
+            return None
+        return (
+            f"a copy of the state takes {binary(copy)} of a node's memory and its files as much again, "
+            f"and {binary(free)} is free"
+        )
 
     def _why_no_room(self, state: dict[str, Any]) -> str | None:
         """The new state lies beside the old one until it is complete."""
@@ -119,11 +143,14 @@ def load_model(path: Path, model: DistributedModelParallel, ranks: Ranks) -> Non
     model.load_state_dict(state["model"])
 
 
-def write(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
-    """Write any state, sharded or the same on all ranks, as `save_checkpoint` does; a collective call."""
+def write(path: Path, state: dict[str, Any], ranks: Ranks, group: dist.ProcessGroup | None = None) -> None:
+    """Write any state, sharded or the same on all ranks, as `save_checkpoint` does; a collective call.
+
+    `group` is to carry the messages, if not `ranks.control`.
+    """
     writer = _Replacing(path, ranks)
     with _explained(f"{path}: the checkpoint cannot be written"):
-        dcp.save(state, storage_writer=writer, process_group=ranks.control)
+        dcp.save(state, storage_writer=writer, planner=InPieces(), process_group=group or ranks.control)
 
 
 def read(path: Path, state: dict[str, Any], ranks: Ranks) -> None:

@@ -29,7 +29,8 @@ def free_host_bytes(root: Path = Path("/")) -> int | None:
         free.append(1024 * _numbers(root / "proc/meminfo")["MemAvailable:"])
     with suppress(OSError, KeyError, ValueError):  # a limit of "max" is none
         group = root / "sys/fs/cgroup"
-        free.append(int((group / "memory.max").read_text()) - _numbers(group / "memory.stat")["anon"])
+        used = _numbers(group / "memory.stat")
+        free.append(int((group / "memory.max").read_text()) - used["anon"] - used["shmem"])
     return min(free, default=None)
 
 

@@ -188,7 +188,7 @@ class Trainer:
         auc = metrics[self.schema.labels[0]]["auc"]
         if self._kept and not (auc > self.best["auc"] or math.isnan(self.best["auc"])):
             return
-        if problem := self._checkpoints.save(self.model, self.optimizers):
+        if problem := self._checkpoints.save(self.model, self.optimizers, console.say):
             console.say(f"note: no checkpoint of step {self.step}: {problem}")
             if self._kept:
                 return
