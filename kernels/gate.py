@@ -22,13 +22,13 @@ _COLUMNS = 1024  # of a program at most
 _ELEMENTS = 2048  # of a program: 16 a thread
 
 
-def gate(x_BTD: Tensor, v_BTD: Tensor, kind: str) -> Tensor:
+def gate(x_BTD: Tensor, v_BTD: Tensor, kind: str, dtype: torch.dtype | None = None) -> Tensor:
     """`reference.gate` by the kernels; the gradients of x and v come in their dtypes.
 
-    x and v are float32, bfloat16 or float16, each its own, of any size and with any strides (where they are not
-    contiguous they are copied).  Arithmetic is float32, and rounded once, to the dtype of x.  `kind` is one of KINDS.
-    Not for torch.compile, which fuses the plain formula itself; outside of it a Function costs the host less than an
-    operator.
+    x, v and `dtype` (of the result; None: that of x) are float32, bfloat16 or float16, each its own; x and v of any
+    size and with any strides (where they are not contiguous they are copied).  Arithmetic is float32, and rounded once.
+    `kind` is one of KINDS.  Not for torch.compile, which fuses the plain formula itself; outside of it a Function costs
+    the host less than an operator.
 
     Raises ValueError for other kinds, shapes, dtypes and devices.
     """
@@ -39,19 +39,20 @@ def gate(x_BTD: Tensor, v_BTD: Tensor, kind: str) -> Tensor:
             f"v is {list(v_BTD.shape)} on {v_BTD.device} and x {list(x_BTD.shape)} on {x_BTD.device}: "
             "give both as [B, T, D] on one device"
         )
-    for name, tensor in (("x", x_BTD), ("v", v_BTD)):
-        if tensor.dtype not in TYPES:
-            raise ValueError(f"{name} is {tensor.dtype}: give one of {', '.join(map(str, TYPES))}")
-    return _Gate.apply(x_BTD, v_BTD, kind)
+    dtype = dtype or x_BTD.dtype
+    for name, kind_of in (("x", x_BTD.dtype), ("v", v_BTD.dtype), ("dtype", dtype)):
+        if kind_of not in TYPES:
+            raise ValueError(f"{name} is {kind_of}: give one of {', '.join(map(str, TYPES))}")
+    return _Gate.apply(x_BTD, v_BTD, kind, dtype)
 
 
 class _Gate(Function):
     @staticmethod
-    def forward(ctx, x_BTD, v_BTD, kind):
+    def forward(ctx, x_BTD, v_BTD, kind, dtype):
         x_BTD, v_BTD = x_BTD.contiguous(), v_BTD.contiguous()
         ctx.kind = kind
         ctx.save_for_backward(x_BTD, v_BTD)
-        out_BTD = torch.empty_like(x_BTD)
+        out_BTD = torch.empty_like(x_BTD, dtype=dtype)
         _launch(gate_kernel, x_BTD.shape, x_BTD, v_BTD, out_BTD, kind=kind)
         return out_BTD
 
@@ -64,7 +65,7 @@ class _Gate(Function):
         dx_BTD, dv_BTD = torch.empty_like(x_BTD), torch.empty_like(v_BTD)
         sizes = x_BTD.shape[1], *g_BTD.stride()[:2]
         _launch(gate_backward_kernel, x_BTD.shape, g_BTD, x_BTD, v_BTD, dx_BTD, dv_BTD, *sizes, kind=ctx.kind)
-        return dx_BTD, dv_BTD, None
+        return dx_BTD, dv_BTD, None, None
 
 
 def _launch(kernel: triton.JITFunction, shape: torch.Size, *arguments: Tensor | int, kind: str) -> None:

@@ -71,15 +71,21 @@ retrieve.register_autograd(_gradients, setup_context=_keep)
 
 
 @torch.library.custom_op("msn_dist::sparse_gather", mutates_args=())
-def sparse_gather(values_RD: Tensor, rows: Tensor, weights: Tensor | None, offsets_G1: Tensor | None) -> Tensor:
-    """pooled_GD, float32, as `kernels.sparse_gather.sparse_gather`."""
-    return gather.sparse_gather(values_RD, rows, weights, offsets_G1)
+def sparse_gather(
+    values_RD: Tensor,
+    rows: Tensor,
+    weights: Tensor | None,
+    offsets_G1: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """pooled_GD in `dtype`, as `kernels.sparse_gather.sparse_gather`."""
+    return gather.sparse_gather(values_RD, rows, weights, offsets_G1, out_dtype=dtype)
 
 
 @sparse_gather.register_fake
-def _(values_RD, rows, weights, offsets_G1):
+def _(values_RD, rows, weights, offsets_G1, dtype=torch.float32):
     bags = len(rows) if offsets_G1 is None else len(offsets_G1) - 1
-    return values_RD.new_empty((bags, values_RD.shape[1]), dtype=torch.float32)
+    return values_RD.new_empty((bags, values_RD.shape[1]), dtype=dtype)
 
 
 @torch.library.custom_op("msn_dist::sparse_update_", mutates_args=("values_RD", "moment_R", "first_RD"))

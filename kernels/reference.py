@@ -86,22 +86,26 @@ def weights_gradient(values_RD: Tensor, rows_H: Tensor, offsets_G1: Tensor, grad
     return (gradient_GD[bag_of_H] * values_RD[rows_H]).sum(1)
 
 
-def gate(x_BTD: Tensor, v_BTD: Tensor, kind: str) -> Tensor:
-    """x * f(v), shaped and typed like x, with f = tanh, 1 + tanh, sigmoid or the identity; B samples, T tokens.
+def gate(x_BTD: Tensor, v_BTD: Tensor, kind: str, dtype: torch.dtype | None = None) -> Tensor:
+    """x * f(v), shaped like x, with f = tanh, 1 + tanh, sigmoid or the identity; B samples, T tokens.
+
+    Arithmetic is in the dtype of x, and so is the result unless `dtype` is another.
 
     Raises ValueError for another `kind`.
     """
     v_BTD = v_BTD.to(x_BTD.dtype)
     match kind:
         case "tanh":
-            return x_BTD * torch.tanh(v_BTD)
+            factor_BTD = torch.tanh(v_BTD)
         case "one_plus_tanh":
-            return x_BTD * (1 + torch.tanh(v_BTD))
+            factor_BTD = 1 + torch.tanh(v_BTD)
         case "sigmoid":
-            return x_BTD * torch.sigmoid(v_BTD)
+            factor_BTD = torch.sigmoid(v_BTD)
         case "linear":
-            return x_BTD * v_BTD
-    raise ValueError(f"gate {kind!r} is not one of tanh, one_plus_tanh, sigmoid, linear")
+            factor_BTD = v_BTD
+        case _:
+            raise ValueError(f"gate {kind!r} is not one of tanh, one_plus_tanh, sigmoid, linear")
+    return (x_BTD * factor_BTD).to(dtype or x_BTD.dtype)
 
 
 def mean_square(gradient_RD: Tensor) -> Tensor:

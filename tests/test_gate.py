@@ -41,11 +41,14 @@ def passes(x: Tensor, v: Tensor, g: Tensor, kind: str) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (x, v), g)]
 
 
-def assert_exact(found: list[Tensor], x: Tensor, v: Tensor, g: Tensor, kind: str) -> None:
+def assert_exact(
+    found: list[Tensor], x: Tensor, v: Tensor, g: Tensor, kind: str, *, gradients_only: bool = False
+) -> None:
     exact_x, exact_v = (operand.detach().double().requires_grad_() for operand in (x, v))
     out = reference.gate(exact_x, exact_v, kind)
     expected = [out.detach(), *torch.autograd.grad(out, (exact_x, exact_v), g.double())]
-    for one, other, dtype in zip(found, expected, (x.dtype, x.dtype, v.dtype), strict=True):
+    dtypes = x.dtype, x.dtype, v.dtype
+    for one, other, dtype in [*zip(found, expected, dtypes, strict=True)][gradients_only:]:
         assert one.dtype == dtype
         torch.testing.assert_close(one.double(), other, rtol=ERROR[dtype], atol=2e-6, equal_nan=True)
 
@@ -59,6 +62,17 @@ def test_every_kind_and_pair_of_dtypes_equals_the_formula(
     found = passes(x, v, g, kind)
     assert_exact(found, x, v, g, kind)
     assert all(torch.equal(one, other) for one, other in zip(found, passes(x, v, g, kind), strict=True)), "repeats"
+
+
+@pytest.mark.parametrize(("x_dtype", "out_dtype"), [*product(TYPES, TYPES)])
+def test_the_result_is_rounded_once_to_any_dtype(x_dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    x, v, g = operands((3, 5, 33), x_dtype, torch.bfloat16)
+    out = gate(x, v, "tanh", out_dtype)
+    exact = reference.gate(x.detach().double(), v.detach().double(), "tanh")
+    assert out.dtype == reference.gate(x, v, "tanh", out_dtype).dtype == out_dtype
+    torch.testing.assert_close(out.double(), exact, rtol=ERROR[out_dtype], atol=2e-6)
+    found = torch.autograd.grad(out, (x, v), g.to(out_dtype))
+    assert_exact([x.detach(), *found], x, v, g.to(out_dtype), "tanh", gradients_only=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -108,7 +122,7 @@ def test_nan_and_infinity_stay_where_they_are_and_reach_the_gradients(kind: str)
 
 def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda tensor: empty_like(tensor).fill_(math.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **of: empty_like(tensor, **of).fill_(math.nan))
     assert all(result.isfinite().all() for result in passes(*operands((3, 5, 33), *TYPES[:2]), "tanh"))
 
 
@@ -120,12 +134,13 @@ def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
         (dict(x=torch.zeros(6, 4), v=torch.zeros(6, 4)), r"give both as \[B, T, D\]"),
         (dict(x=torch.zeros(2, 3, 4).double()), "x is torch.float64"),
         (dict(v=torch.zeros(2, 3, 4).int()), "v is torch.int32"),
+        (dict(dtype=torch.float64), "dtype is torch.float64: give one of torch.float32"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_fix(change: dict[str, object], says: str) -> None:
-    given = dict(x=torch.zeros(2, 3, 4), v=torch.zeros(2, 3, 4), kind="tanh") | change
+    given = dict(x=torch.zeros(2, 3, 4), v=torch.zeros(2, 3, 4), kind="tanh", dtype=None) | change
     with pytest.raises(ValueError, match=says):
-        gate(given["x"], given["v"], given["kind"])
+        gate(*given.values())
 
 
 @pytest.mark.parametrize("value_dim", [16, 8])
@@ -173,15 +188,16 @@ def test_the_kernel_gates_on_a_gpu_and_torch_elsewhere(
 def test_the_planner_counts_the_bytes_that_the_kernel_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_gate, "_launch", lambda *_, **__: None)  # the interpreter has tensors of its own
 
-    def held(function: Callable) -> list[tuple[int, int]]:
+    def held(function: Callable, dtype: torch.dtype | None) -> list[tuple[int, int]]:
         x, v, g = operands((64, 4, 32), torch.float32, torch.bfloat16)
         with LiveBytes(on_gpu=True) as bytes_:
-            out = function(x * 1, v * 1, "tanh")
+            out = function(x * 1, v * 1, "tanh", dtype)
             after_forward = bytes_.live, bytes_.peak
-            out.backward(g)
+            out.backward(g.to(out.dtype))
         return [after_forward, (bytes_.live, bytes_.peak)]
 
-    assert held(gate) == held(partial(fused_gate, lambda *_: None))
+    for dtype in (None, torch.bfloat16):
+        assert held(gate, dtype) == held(partial(fused_gate, lambda *_: None), dtype)
 
 
 @pytest.mark.gpu

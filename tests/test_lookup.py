@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -84,6 +85,26 @@ def test_a_look_up_reads_and_steps_as_the_naive_formulas(
     naive.step(values_RD.data, values_RD.grad, hits.rows_H)
     assert_stored(table, values_RD.detach())
     assert_state(table, naive)
+
+
+@pytest.mark.parametrize("tape", [True, False])
+@pytest.mark.parametrize("lookup", LOOKUPS)
+def test_sums_of_16_bits_are_those_of_32_rounded_and_step_rows_as_their_gradient_says(lookup: str, tape: bool) -> None:
+    device = device_of(lookup)
+    found = []
+    gradient_GD = torch.randn(5, DIM).to(device, torch.bfloat16)
+    hits, start_RD = on(device, hits_of([3, 0, 5, 1, 7])), torch.randn(ROWS, DIM)
+    for dtype in (torch.float32, torch.bfloat16):
+        table = make_lookup(lookup, ROWS, DIM, optimizer_of("rowwise_adagrad"), device)
+        table.weight_RD.copy_(start_RD)
+        read_GD = table.read(replace(hits), update_follows=tape, dtype=dtype)
+        assert read_GD.dtype == dtype
+        found.append([read_GD.float(), table.update(hits, gradient_GD.to(dtype)), table.weight_RD])
+    (exact_GD, *stepped), (rounded_GD, *also_stepped) = found
+    torch.testing.assert_close(rounded_GD, exact_GD, rtol=2**-7, atol=0)  # Triton's interpreter cuts off
+    assert not torch.equal(rounded_GD, exact_GD)
+    for one, other in zip(also_stepped, stepped, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def assert_state(table: Lookup, naive: NaiveOptimizer) -> None:

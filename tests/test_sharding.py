@@ -103,6 +103,7 @@ def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> 
             del model
         gc.collect()
     for strategy in strategies:
+        check_autocast(device, strategy)
         if world == 2:
             check_hits_of_weight_zero(device, strategy)
         settings = [{"value_dtype": "bf16", "chunks": 3}, {"value_dtype": "fp16"}]
@@ -133,6 +134,32 @@ def check_hits_of_weight_zero(device: torch.device, strategy: str) -> None:
         naive.step(values_nD, gradient_nD, row_H)
     Tolerance().close(gathered(table, "weight"), values_nD, f"{strategy}: values after hits of weight zero")
     Tolerance().close(gathered(table, "first_moment"), naive.state["first_moment"], f"{strategy}: first moments")
+
+
+def check_autocast(device: torch.device, strategy: str) -> None:
+    """Sums are rounded to bf16 at the end, and a gradient of bf16 does what the same numbers do in float32."""
+    rank, case = dist.get_rank(), CASES[0]
+    generator = torch.Generator().manual_seed(rank)
+    slots_ML = torch.randint(20, (3, 4), generator=generator).to(device)
+    weights_ML = torch.randn(3, 4, generator=generator).to(device)
+    gradient_MD = torch.randn(3, case.value_dim or WIDTH, generator=generator).to(device, torch.bfloat16)
+    found = []
+    for enabled in (False, True):
+        table = sharded(case, device, 1, strategy=strategy).module.values
+        leaf_ML = weights_ML.clone().requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            chunks = [(slots_ML[:1], leaf_ML[:1]), (slots_ML[1:], leaf_ML[1:])]
+            whole_MD, parts = table(slots_ML, leaf_ML), table.pooled_in_chunks(chunks)
+        assert {part.dtype for part in (whole_MD, *parts)} == {torch.bfloat16 if enabled else torch.float32}
+        torch.cat(parts).backward(gradient_MD.to(whole_MD.dtype))
+        whole_MD.backward(gradient_MD.to(whole_MD.dtype))
+        found.append([whole_MD, torch.cat(parts), leaf_ML.grad, gathered(table, "weight"), gathered(table, "moment")])
+    for place, (one, other) in enumerate(zip(*found, strict=True)):
+        sums = place < 2
+        torch.testing.assert_close(
+            other, one.to(torch.bfloat16) if sums else one, msg=lambda text: f"{strategy}: {text}",
+            **({"rtol": 2**-7, "atol": 1e-3} if sums else {}),
+        )  # fmt: skip
 
 
 def check_16_bits(case: Case, device: torch.device, *, strategy: str, value_dtype: str, **other: object) -> None:

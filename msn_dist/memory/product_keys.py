@@ -21,6 +21,7 @@ from msn_dist.config import MemoryConfig
 from msn_dist.errors import InputError
 from msn_dist.kernels import reference, sizes
 from msn_dist.kernels.support import interpreted, why_no_triton
+from msn_dist.memory.autocast import autocast_dtype
 
 
 class KeyAxis(nn.Module):
@@ -131,10 +132,9 @@ class ProductKeys(nn.Module):
         """
         device = x_BTD.device.type
         back_end = self.back_end(x_BTD.device)
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        else:  # the kernels have no float64
-            dtype = torch.float32 if back_end == "triton" else torch.promote_types(x_BTD.dtype, torch.float32)
+        # the kernels have no float64
+        exact = torch.float32 if back_end == "triton" else torch.promote_types(x_BTD.dtype, torch.float32)
+        dtype = autocast_dtype(device) or exact
         queries = (queries_BTHE.flatten(0, 1) for queries_BTHE in self.queries(x_BTD, dtype))
         with torch.autocast(device, enabled=False):  # keys are few: casts would cost more than products of 32 bits
             keys = self.row.keys().to(dtype), self.col.keys().to(dtype)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from msn_dist.memory.autocast import autocast_dtype
 from msn_dist.memory.health import MemoryHealth, SlotUsage
 from msn_dist.memory.placement import Placement, initial_values
 
@@ -68,12 +69,15 @@ class MemoryValues(nn.Module):
         initial_values(self.placement, first_row, rows_RC, std=self.init_std, seed=self.seed, first_column=first_column)
 
     def forward(self, slots_ML: Tensor, weights_ML: Tensor) -> Tensor:
-        """pooled_MD = sum over l of weights[m, l] * value of slots[m, l]."""
+        """pooled_MD = sum over l of weights[m, l] * value of slots[m, l]; under autocast rounded to its dtype."""
         rows_ML = self.placement.row_of(slots_ML)
         if self.training:
             self.usage.count(rows_ML.flatten())
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return torch.einsum("ml,mld->md", weights_ML.to(dtype), self.weight[rows_ML].to(dtype))
+        kind = self.weight.device.type
+        with torch.autocast(kind, enabled=False):
+            pooled_MD = torch.einsum("ml,mld->md", weights_ML.to(dtype), self.weight[rows_ML].to(dtype))
+        return pooled_MD.to(autocast_dtype(kind) or dtype)
 
     def pooled_in_chunks(self, chunks: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """pooled_MD of each (slots_ML, weights_ML)."""

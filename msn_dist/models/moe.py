@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from msn_dist.errors import InputError
+from msn_dist.memory.autocast import autocast_dtype
 from msn_dist.models.blocks import OUTPUT_GAIN
 from msn_dist.models.linear import PerTokenLinear, trunc_normal
 
@@ -67,9 +68,7 @@ class SMoE(nn.Module):
 @torch.fx.wrap
 def grouped_linear(x_VI: Tensor, weight_GIO: Tensor, ends_G: Tensor) -> Tensor:
     """Rows before ends_G[g] and not before ends_G[g - 1] times weight_GIO[g]: [V, I] -> [V, O]."""
-    kind = x_VI.device.type
-    if torch.is_autocast_enabled(kind):  # autocast does not know grouped_mm
-        dtype = torch.get_autocast_dtype(kind)
+    if dtype := autocast_dtype(x_VI.device.type):  # autocast does not know grouped_mm
         x_VI, weight_GIO = x_VI.to(dtype), weight_GIO.to(dtype)
     return functional.grouped_mm(x_VI, weight_GIO, offs=ends_G)
 

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from msn_dist.config import MemoryConfig, OptimizerConfig, RunConfig
 from msn_dist.kernels.sizes import MAX_K, MAX_KEY_DIM, MAX_SUB_KEYS, NORM_WIDTH
+from msn_dist.memory.autocast import pooled_dtype
 from msn_dist.planner.gpu_rules import GpuRules, fused_gate, fused_query_norm, fused_retrieve
 from msn_dist.planner.step_recorder import LookUp, Op, Span, StepRecorder
 
@@ -162,8 +163,9 @@ class _Values(nn.Module):
         self.recorder, self.dim = recorder, dim
 
     def forward(self, slots_ML: Tensor, weights_ML: Tensor) -> Tensor:
-        look_up = LookUp("memory", *slots_ML.shape, self.dim)
-        return _LookUp.apply(weights_ML, self.recorder, look_up)
+        dtype = pooled_dtype("cpu")
+        look_up = LookUp("memory", *slots_ML.shape, self.dim, dtype.itemsize)
+        return _LookUp.apply(weights_ML, self.recorder, look_up, dtype)
 
     def pooled_in_chunks(self, chunks: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
         slots, weights = zip(*chunks, strict=True)
@@ -201,10 +203,10 @@ class _SequenceTables(nn.Module):
 
 class _LookUp(Function):
     @staticmethod
-    def forward(ctx, weights, recorder, look_up):
+    def forward(ctx, weights, recorder, look_up, dtype=torch.float32):
         ctx.recorder, ctx.weights = recorder, (weights.shape, weights.dtype)
         ctx.number = recorder.look_up(look_up)
-        output_MD = torch.empty(look_up.bags, look_up.dim)
+        output_MD = torch.empty(look_up.bags, look_up.dim, dtype=dtype)
         recorder.is_output(ctx.number, output_MD)
         return output_MD
 
@@ -213,7 +215,7 @@ class _LookUp(Function):
     def backward(ctx, gradient_MD):
         ctx.recorder.look_up_ends(ctx.number)
         shape, dtype = ctx.weights
-        return gradient_MD.new_empty(shape, dtype=dtype), None, None
+        return gradient_MD.new_empty(shape, dtype=dtype), None, None, None
 
 
 class _Unfilled(TorchDispatchMode):

@@ -26,7 +26,7 @@ _GROUPS = 8  # up to which two_level is run as it is
 
 @dataclass(frozen=True)
 class ExchangeBytes:
-    """Bytes of one look-up on one rank; its output and the gradient of it, float32 [M, D], belong to the model."""
+    """Bytes of one look-up on one rank; its output and the gradient of it, [M, D], belong to the model."""
 
     kept: int  # from step to step, beside the table
     saved: int  # from its forward to its backward
@@ -46,13 +46,14 @@ def exchange_bytes(
     chunks: int = 1,
     distinct: int | None = None,
     device_type: str = "cpu",
+    autocast: bool = False,
 ) -> ExchangeBytes:
     """For `bags` bags of `hits` hits on every rank, in a table of `slots` rows of `dim` values.
 
     `chunks` as in MemoryConfig.  `distinct` is the number of rows that a rank's hits fall on; None: of slots that are
-    hit alike.
+    hit alike.  `autocast`: sums reach the model as bfloat16.
     """
-    rest = {"chunks": chunks, "distinct": distinct, "device_type": device_type}
+    rest = {"chunks": chunks, "distinct": distinct, "device_type": device_type, "autocast": autocast}
     if layout.strategy == "two_level" and layout.groups > _GROUPS:
         less, more = (
             exchange_bytes(replace(layout, world=groups * layout.ranks_of_group), slots, dim, bags, hits, **rest)
@@ -71,10 +72,11 @@ def exchange_bytes(
                 leaf_ML.grad = None
                 weights_ML = leaf_ML * 1
                 base = counted.peak = counted.live
-                if chunks == 1:
-                    pooled = [values(slots_ML, weights_ML)]
-                else:
-                    pooled = values.pooled_in_chunks((slots_ML, weights_ML) for _ in range(chunks))
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    if chunks == 1:
+                        pooled = [values(slots_ML, weights_ML)]
+                    else:
+                        pooled = values.pooled_in_chunks((slots_ML, weights_ML) for _ in range(chunks))
                 forward, with_output = counted.peak - base, counted.live - base
                 model_MD = torch.cat(pooled) * 2  # in place of the model; saves nothing for its backward
                 del pooled

@@ -125,15 +125,15 @@ def _sorted(
     return *of_queries, *of_keys
 
 
-def fused_gate(note: Callable, x_BTD: Tensor, v_BTD: Tensor, kind: str) -> Tensor:
+def fused_gate(note: Callable, x_BTD: Tensor, v_BTD: Tensor, kind: str, dtype: torch.dtype | None = None) -> Tensor:
     """`kernels.gate.gate` without its result: the same tensors live as long as there; `note` as above."""
-    return _Gate.apply(x_BTD, v_BTD, note)
+    return _Gate.apply(x_BTD, v_BTD, dtype or x_BTD.dtype, note)
 
 
 class _Gate(Function):
     @staticmethod
-    def forward(ctx, x_BTD, v_BTD, note):
-        out_BTD = torch.empty_like(x_BTD)
+    def forward(ctx, x_BTD, v_BTD, dtype, note):
+        out_BTD = torch.empty_like(x_BTD, dtype=dtype)
         note("gate", 0, (x_BTD, v_BTD), (out_BTD,))
         ctx.note = note
         ctx.save_for_backward(x_BTD, v_BTD)
@@ -145,7 +145,7 @@ class _Gate(Function):
         x_BTD, v_BTD = ctx.saved_tensors
         dx_BTD, dv_BTD = torch.empty_like(x_BTD), torch.empty_like(v_BTD)
         ctx.note("gate_backward", 0, (g_BTD, x_BTD, v_BTD), (dx_BTD, dv_BTD))
-        return dx_BTD, dv_BTD, None
+        return dx_BTD, dv_BTD, None, None
 
 
 def fused_query_norm(

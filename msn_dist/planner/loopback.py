@@ -147,18 +147,18 @@ class _FbgemmStandIn:
     def kept_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self._last)
 
-    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
+    def read(self, hits: Hits, update_follows: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
         self._last = hits.rows_H, hits.offsets_G1.to(hits.rows_H.dtype)  # for its statistics, until the next look-up
         pooled_GD = hits.rows_H.new_empty(len(hits.offsets_G1) - 1, self.dim, dtype=torch.float32)
         if update_follows:
             hits.tape = pooled_GD, hits.weights_H
-        return pooled_GD.detach()
+        return pooled_GD.detach().to(dtype)
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
-        tape = hits.tape or self.read(hits)
+        tape, gradient_GD = hits.tape or self.read(hits), gradient_GD.float()
         hits.tape = None
         gradient_H = None if hits.weights_H is None else torch.empty_like(hits.weights_H)
-        del tape  # there until it has been run through
+        del tape, gradient_GD  # there until it has been run through
         return gradient_H
 
 
@@ -169,12 +169,12 @@ class _CachedStandIn(_FbgemmStandIn):
         super().__init__(rows, dim, dtype)
         self.rows = rows
 
-    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
+    def read(self, hits: Hits, update_follows: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
         count = len(hits.rows_H)
         # int64 twice, and sorted with what a sort takes, to find the distinct rows
         scratch = hits.rows_H.new_empty(16 * count + sorted_bytes(count, 2**32, self.dim), dtype=torch.uint8)
         del scratch
-        pooled_GD = super().read(hits, update_follows)
+        pooled_GD = super().read(hits, update_follows, dtype)
         self._last = *self._last, hits.rows_H.new_empty(count, dtype=torch.int32)  # places in the cache
         return pooled_GD
 
@@ -193,8 +193,8 @@ class _TritonStandIn:
         self.rows, self.dim, self.weight_RD = rows, dim, torch.empty(rows, dim, dtype=dtype)
         self.anchor = torch.zeros((), requires_grad=True)
 
-    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
-        return hits.rows_H.new_empty(len(hits.offsets_G1) - 1, self.dim, dtype=torch.float32)
+    def read(self, hits: Hits, update_follows: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+        return hits.rows_H.new_empty(len(hits.offsets_G1) - 1, self.dim, dtype=dtype)
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
         gradient_GD = gradient_GD.contiguous()

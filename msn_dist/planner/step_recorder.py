@@ -58,6 +58,11 @@ class LookUp:
     bags: int  # M: rows of its output
     hits: int  # L: of a bag
     dim: int  # D: columns of its output
+    itemsize: int = 4  # bytes of a number of it
+
+    @property
+    def output_bytes(self) -> int:
+        return self.bags * self.dim * self.itemsize
 
 
 class StepRecorder(LiveBytes):

@@ -169,6 +169,7 @@ def _held(
     if look_up.kind == "memory":
         size = slots_of(config), look_up.dim, look_up.bags, look_up.hits
         rest = {"chunks": config.memory.chunks, "distinct": distinct, "device_type": device_type}
+        rest["autocast"] = config.training.precision == "bf16"
         # two_level holds as much in groups of any size, and is soon run in small ones
         return exchange_bytes(replace(layout, group_ranks=None), *size, **rest)
     return _held_by_ids(layout.world, look_up, id_dims)
@@ -199,5 +200,5 @@ def _bytes_at(span: Span, look_ups: Sequence[LookUp], held: Sequence[ExchangeByt
     total += sum(held[number].saved for number in saving)
     for number in span.outputs:
         if not (held[number].keeps_output and number in saving):
-            total += 4 * look_ups[number].bags * look_ups[number].dim
+            total += look_ups[number].output_bytes
     return total

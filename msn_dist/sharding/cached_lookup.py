@@ -62,8 +62,8 @@ class CachedLookup(FbgemmLookup):
             )
         self._latest: tuple | None = None
 
-    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
-        pooled_GD = super().read(hits, update_follows)
+    def read(self, hits: Hits, update_follows: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+        pooled_GD = super().read(hits, update_follows, dtype)
         self._latest = hits.tape
         return pooled_GD
 

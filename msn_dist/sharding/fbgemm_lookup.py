@@ -80,11 +80,11 @@ class FbgemmLookup(OnDevice):
                 first_RD, moment_R = kept
                 return ValueState(moment_R, first_RD, no_steps())
 
-    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
+    def read(self, hits: Hits, update_follows: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
         if not update_follows:
-            return self._tbe(*self._bags(hits), hits.weights_H)
+            return self._tbe(*self._bags(hits), hits.weights_H).to(dtype)
         hits.tape = self._recorded(hits, of_weights=True)
-        return hits.tape[1].detach()
+        return hits.tape[1].detach().to(dtype)
 
     def _recorded(self, hits: Hits, of_weights: bool) -> tuple[Tensor | None, Tensor]:
         """(weights_H, pooled_GD) whose graph leads to TBE's own backward."""
@@ -102,7 +102,7 @@ class FbgemmLookup(OnDevice):
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
         weights_H, pooled_GD = hits.tape or self._recorded(hits, of_weights)
         hits.tape = None
-        pooled_GD.backward(gradient_GD)
+        pooled_GD.backward(gradient_GD.float())
         self.state.next_step()
         return None if weights_H is None else weights_H.grad
 

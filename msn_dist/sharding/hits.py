@@ -57,23 +57,23 @@ class Round:
     done: list[tuple[Hits, Tensor]] = field(default_factory=list)
 
 
-def look_up(lookup: Lookup, hits: Hits, world: int, part_of: Round) -> Tensor:
-    """pooled_GD, float32; its backward updates the rows and gives each weight its gradient.
+def look_up(lookup: Lookup, hits: Hits, world: int, part_of: Round, dtype: torch.dtype = torch.float32) -> Tensor:
+    """pooled_GD, rounded to `dtype`; its backward updates the rows and gives each weight its gradient.
 
     Rows get the mean of the ranks' gradients, as dense parameters do; a weight belongs to one rank and
     gets its gradient whole.
     """
-    return _LookUp.apply(hits.weights_H, lookup.anchor, lookup, hits, world, part_of)
+    return _LookUp.apply(hits.weights_H, lookup.anchor, lookup, hits, world, part_of, dtype)
 
 
 class _LookUp(Function):
     @staticmethod
-    def forward(ctx, weights_H, anchor, lookup, hits, world, part_of):
+    def forward(ctx, weights_H, anchor, lookup, hits, world, part_of, dtype):
         if weights_H is not None:
             weights_H = weights_H.detach()
         ctx.lookup, ctx.world, ctx.part_of = lookup, world, part_of
         ctx.hits = replace(hits, weights_H=weights_H)
-        return lookup.read(ctx.hits, update_follows=ctx.needs_input_grad[1] and part_of.size == 1)
+        return lookup.read(ctx.hits, ctx.needs_input_grad[1] and part_of.size == 1, dtype)
 
     @staticmethod
     @once_differentiable
@@ -94,7 +94,7 @@ class _LookUp(Function):
                 lookup.update(_joined(all_hits), torch.cat(gradients), of_weights=False)
         if ctx.world > 1 and gradient_H is not None:
             gradient_H = gradient_H * ctx.world
-        return gradient_H, None, None, None, None, None
+        return gradient_H, None, None, None, None, None, None
 
 
 def _joined(parts: tuple[Hits, ...]) -> Hits:

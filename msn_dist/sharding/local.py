@@ -5,9 +5,11 @@ Shape suffixes: M bags, L hits a bag.
 
 from __future__ import annotations
 
-from torch import Tensor, float32
+import torch
+from torch import Tensor
 from torchrec.distributed.types import Awaitable, LazyAwaitable, LazyNoWait, NoWait
 
+from msn_dist.memory.autocast import pooled_dtype
 from msn_dist.sharding.hits import Hits
 from msn_dist.sharding.row_sharded import RowSharded
 from msn_dist.sharding.sharded_values import ExchangeContext
@@ -18,7 +20,11 @@ class Local(RowSharded):
 
     def input_dist(self, ctx: ExchangeContext, slots_ML: Tensor, weights_ML: Tensor) -> Awaitable[Awaitable[Hits]]:
         row_H = self.placement.row_of(slots_ML).flatten().to(self.row_dtype)
-        return NoWait(NoWait(Hits.uniform(row_H, weights_ML.flatten().to(float32), size=slots_ML.shape[1])))
+        return NoWait(NoWait(Hits.uniform(row_H, weights_ML.flatten().to(torch.float32), size=slots_ML.shape[1])))
+
+    def looked_up_dtype(self, device_type: str) -> torch.dtype:
+        """What is looked up is the sum."""
+        return pooled_dtype(device_type)
 
     def output_dist(self, ctx: ExchangeContext, output: Tensor) -> LazyAwaitable[Tensor]:
         return LazyNoWait(output)

@@ -39,12 +39,15 @@ class Lookup(Protocol):
     anchor: Tensor  # requires a gradient, so that backward comes here even if no weight does
     optimizer: ValueOptimizer
 
-    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
-        """pooled_GD, float32: the weighted sum of each bag's rows."""
+    def read(self, hits: Hits, update_follows: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+        """pooled_GD: the weighted sum of each bag's rows, rounded to `dtype`."""
         ...
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
-        """Step the rows of a `read`; returns the gradient of its weights [H], float32, or None."""
+        """Step the rows of a `read`; returns the gradient of its weights [H], float32, or None.
+
+        gradient_GD may be rounded as what was read is.
+        """
         ...
 
     def set_learning_rate(self, learning_rate: float) -> None: ...
@@ -90,14 +93,15 @@ class ReferenceLookup(OnDevice):
         self._mean_square = mean_square
         self._random = torch.Generator(device).manual_seed(seed)
 
-    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
+    def read(self, hits: Hits, update_follows: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
         rows_HD = self.weight_RD[hits.rows_H].to(torch.float32)
         if hits.weights_H is None:
-            return rows_HD
+            return rows_HD.to(dtype)
         pooled_GD = rows_HD.new_zeros(len(hits.offsets_G1) - 1, rows_HD.shape[1])
-        return pooled_GD.index_add_(0, hits.bag_H(), rows_HD * hits.weights_H[:, None])
+        return pooled_GD.index_add_(0, hits.bag_H(), rows_HD * hits.weights_H[:, None]).to(dtype)
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
+        gradient_GD = gradient_GD.float()
         gradient_HD, gradient_H = gradient_GD, None
         if hits.weights_H is not None:
             if of_weights:
@@ -134,7 +138,7 @@ class ReferenceLookup(OnDevice):
 
 def weights_gradient(values_RD: Tensor, hits: Hits, gradient_GD: Tensor) -> Tensor:
     """`reference.weights_gradient` in float32, without its temporaries [H, D]."""
-    bag_H = hits.bag_H()
+    bag_H, gradient_GD = hits.bag_H(), gradient_GD.float()
     if values_RD.dtype == torch.float32:  # what `embedding_bag` runs in its backward
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
             gradient_GD.contiguous(), values_RD, hits.rows_H.long(), hits.offsets_G1[:-1], bag_H, 0

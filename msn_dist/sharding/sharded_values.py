@@ -29,6 +29,7 @@ from torchrec.distributed.types import Awaitable, LazyAwaitable, ShardedModule
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizerModule
 from torchrec.streamable import Multistreamable
 
+from msn_dist.memory.autocast import pooled_dtype
 from msn_dist.memory.health import MemoryHealth, SlotUsage
 from msn_dist.memory.values import MemoryValues
 from msn_dist.sharding.exchange import Exchange
@@ -118,8 +119,14 @@ class ShardedMemoryValues(ShardedModule[Hits, Tensor, Tensor, ExchangeContext], 
         return ExchangeContext()
 
     def forward(self, slots_ML: Tensor, weights_ML: Tensor) -> Tensor:
-        """pooled_MD = sum over l of weights[m, l] * value of slots[m, l]; a collective call."""
-        return super().forward(slots_ML, weights_ML).wait()
+        """pooled_MD = sum over l of weights[m, l] * value of slots[m, l]; a collective call.
+
+        Sums are float32, and under autocast rounded to its dtype at the end.
+        """
+        return self._rounded(super().forward(slots_ML, weights_ML).wait())
+
+    def _rounded(self, pooled_MD: Tensor) -> Tensor:
+        return pooled_MD.to(pooled_dtype(pooled_MD.device.type))
 
     def pooled_in_chunks(self, chunks: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """pooled_MD of each (slots_ML, weights_ML): messages of a chunk travel while the next one is computed.
@@ -142,7 +149,7 @@ class ShardedMemoryValues(ShardedModule[Hits, Tensor, Tensor, ExchangeContext], 
             self.output_dist(ctx, self.compute(ctx, hits.wait()))
             for (ctx, *_), hits in zip(counted, arriving, strict=True)
         ]
-        return [pooled.wait() for pooled in returning]
+        return [self._rounded(pooled.wait()) for pooled in returning]
 
     def _hits_depart(self, ctx: ExchangeContext, counts: Awaitable[Awaitable[Hits]], mark: Any) -> Awaitable[Hits]:
         # no autograd in here but the message's: what a node saves would be freed while this stream still reads it
@@ -159,7 +166,12 @@ class ShardedMemoryValues(ShardedModule[Hits, Tensor, Tensor, ExchangeContext], 
     def compute(self, ctx: ExchangeContext, dist_input: Hits) -> Tensor:
         if self.training:
             self._count(dist_input.rows_H)
-        return look_up(self.lookup, dist_input, self.exchange.world, ctx.part_of)
+        dtype = self.looked_up_dtype(dist_input.rows_H.device.type)
+        return look_up(self.lookup, dist_input, self.exchange.world, ctx.part_of, dtype)
+
+    def looked_up_dtype(self, device_type: str) -> torch.dtype:
+        """Of what a look-up gives: it travels as `wire` says, or is added up."""
+        return torch.float32
 
     @abstractmethod
     def output_dist(self, ctx: ExchangeContext, output: Tensor) -> LazyAwaitable[Tensor]: ...

@@ -42,8 +42,8 @@ class TritonLookup(OnDevice):
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._seeds = None if dtype == torch.float32 else random.Random(seed)
 
-    def read(self, hits: Hits, update_follows: bool = False) -> Tensor:
-        return ops.sparse_gather(self.weight_RD, *_bags(hits))
+    def read(self, hits: Hits, update_follows: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+        return ops.sparse_gather(self.weight_RD, *_bags(hits), dtype)
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
         of_weights = of_weights and hits.weights_H is not None
