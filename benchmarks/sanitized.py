@@ -65,21 +65,21 @@ def gated(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device)
     for kind in gate.KINDS:
         x_BTD = torch.randn(shape, device=device, requires_grad=True)
         v_BTD = torch.randn(shape, device=device).to(dtype).requires_grad_()
-        g_TBD = torch.randn(tokens, batch, width, device=device)
-        gate.gate(x_BTD, v_BTD, kind).backward(g_TBD.transpose(0, 1))
+        g_TBD = torch.randn(tokens, batch, width, device=device).to(dtype)
+        gate.gate(x_BTD, v_BTD, kind, dtype).backward(g_TBD.transpose(0, 1))
 
 
 def look_up_and_step(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
     """Uniform and jagged bags, scattered hits and one row that all of them have, by every optimizer."""
     values_RD = torch.randn(rows, width, device=device).to(dtype)
-    gradient_GD = torch.randn(BAGS, width, device=device)
+    gradient_GD = torch.randn(BAGS, width, device=device).to(dtype)
     weights_GL = torch.rand(BAGS, HITS, device=device)
     offsets_G1 = torch.arange(BAGS + 1, device=device) * HITS
     seed = None if dtype == torch.float32 else 1
     for most in (rows, 1):
         rows_GL = torch.randint(most, (BAGS, HITS), device=device)
         for bags in ((rows_GL, weights_GL, None), (rows_GL.flatten(), weights_GL.flatten(), offsets_G1)):
-            ops.sparse_gather(values_RD, *bags)
+            ops.sparse_gather(values_RD, *bags, dtype)
             for rule in RULES:
                 moment_R = None if rule == "sgd" else torch.zeros(rows, device=device)
                 first_RD = torch.zeros(rows, width, device=device) if rule == "rowwise_adam" else None
