@@ -3,6 +3,9 @@
 `retrieve` is differentiable.  The gather has no gradient of its own, and the update works in place: a table's gradient
 never exists, so the two halves are called by the look-up's own autograd function.
 
+Outside of torch.compile the functions below call the kernels themselves: an operator would cost the host, which a GPU
+often waits for, several times as much as what it does.
+
 Shape suffixes: M queries, H heads, N sub-keys of an axis, E key width of one half, K hits of a head; R rows of a value
 table, D its width, G bags, and H hits in the sparse operators.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
 
 from msn_dist.kernels import retrieval
 from msn_dist.kernels import sparse_gather as gather
@@ -18,14 +22,14 @@ from msn_dist.kernels import sparse_update as update
 
 
 @torch.library.custom_op("msn_dist::retrieve", mutates_args=())
-def retrieve(
+def retrieve_op(
     row_queries_MHE: Tensor, col_queries_MHE: Tensor, row_keys_HNE: Tensor, col_keys_HNE: Tensor, k: int, tau: float
 ) -> tuple[Tensor, Tensor]:
-    """slots_MHK (int64) and weights_MHK (float32), as `kernels.retrieval.retrieve`; differentiable to all operands."""
+    """`retrieve` as an operator."""
     return retrieval.retrieve(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, tau)
 
 
-@retrieve.register_fake
+@retrieve_op.register_fake
 def _(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, tau):
     shape_MHK = (*row_queries_MHE.shape[:2], k)
     weights_MHK = row_queries_MHE.new_empty(shape_MHK, dtype=torch.float32)
@@ -33,7 +37,7 @@ def _(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, tau):
 
 
 @torch.library.custom_op("msn_dist::retrieve_backward", mutates_args=())
-def retrieve_backward(
+def retrieve_backward_op(
     row_queries_MHE: Tensor,
     col_queries_MHE: Tensor,
     row_keys_HNE: Tensor,
@@ -49,7 +53,7 @@ def retrieve_backward(
     )
 
 
-@retrieve_backward.register_fake
+@retrieve_backward_op.register_fake
 def _(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, slots_MHK, weights_MHK, gradient_MHK, tau):
     operands = (row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE)
     return tuple(operand.new_empty(operand.shape) for operand in operands)
@@ -64,32 +68,32 @@ def _keep(ctx, inputs, output) -> None:
 def _gradients(ctx, _, gradient_MHK):
     if gradient_MHK is None:
         return (None,) * 6
-    return *retrieve_backward(*ctx.saved_tensors, gradient_MHK, ctx.tau), None, None
+    return *retrieve_backward_op(*ctx.saved_tensors, gradient_MHK, ctx.tau), None, None
 
 
-retrieve.register_autograd(_gradients, setup_context=_keep)
+retrieve_op.register_autograd(_gradients, setup_context=_keep)
 
 
 @torch.library.custom_op("msn_dist::sparse_gather", mutates_args=())
-def sparse_gather(
+def sparse_gather_op(
     values_RD: Tensor,
     rows: Tensor,
     weights: Tensor | None,
     offsets_G1: Tensor | None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """pooled_GD in `dtype`, as `kernels.sparse_gather.sparse_gather`."""
+    """`sparse_gather` as an operator."""
     return gather.sparse_gather(values_RD, rows, weights, offsets_G1, out_dtype=dtype)
 
 
-@sparse_gather.register_fake
+@sparse_gather_op.register_fake
 def _(values_RD, rows, weights, offsets_G1, dtype=torch.float32):
     bags = len(rows) if offsets_G1 is None else len(offsets_G1) - 1
     return values_RD.new_empty((bags, values_RD.shape[1]), dtype=dtype)
 
 
 @torch.library.custom_op("msn_dist::sparse_update_", mutates_args=("values_RD", "moment_R", "first_RD"))
-def sparse_update_(
+def sparse_update_op(
     values_RD: Tensor,
     moment_R: Tensor | None,
     first_RD: Tensor | None,
@@ -103,13 +107,36 @@ def sparse_update_(
     of_weights: bool,
     rounding_seed: int | None = None,
 ) -> Tensor:
-    """One optimizer step by `kernels.sparse_update.sparse_update`, in place.
+    """`sparse_update_` as an operator; [0] for no gradient."""
+    gradient = _update(
+        values_RD,
+        moment_R,
+        first_RD,
+        rows,
+        weights,
+        offsets_G1,
+        gradient_GD,
+        rule,
+        numbers,
+        step,
+        of_weights,
+        rounding_seed,
+    )
+    return gradient if of_weights else gradient_GD.new_empty(0, dtype=torch.float32)
 
-    `rule` is "sgd", "rowwise_adagrad" or "rowwise_adam", `numbers` are lr, eps, beta1 and beta2, of which a rule takes
-    its own, and `step` counts from 1 for rowwise_adam; moment_R and first_RD as in `RowState`.  Returns the gradient of
-    the weights before the step, float32 and shaped as the rows; [0] without `of_weights`.
-    """
-    gradient = update.sparse_update(
+
+@sparse_update_op.register_fake
+def _(
+    values_RD, moment_R, first_RD, rows, weights, offsets_G1, gradient_GD, rule, numbers, step, of_weights,
+    rounding_seed=None,
+):  # fmt: skip
+    return rows.new_empty(rows.shape if of_weights else 0, dtype=torch.float32)
+
+
+def _update(
+    values_RD, moment_R, first_RD, rows, weights, offsets_G1, gradient_GD, rule, numbers, step, of_weights, seed
+):
+    return update.sparse_update(
         values_RD,
         update.RowState(moment_R, first_RD),
         rows,
@@ -118,17 +145,8 @@ def sparse_update_(
         gradient_GD,
         _rule(rule, step, *numbers),
         of_weights=of_weights,
-        rounding_seed=rounding_seed,
+        rounding_seed=seed,
     )
-    return gradient if of_weights else gradient_GD.new_empty(0, dtype=torch.float32)
-
-
-@sparse_update_.register_fake
-def _(
-    values_RD, moment_R, first_RD, rows, weights, offsets_G1, gradient_GD, rule, numbers, step, of_weights,
-    rounding_seed=None,
-):  # fmt: skip
-    return rows.new_empty(rows.shape if of_weights else 0, dtype=torch.float32)
 
 
 def _rule(name: str, step: int, lr: float, eps: float, beta1: float, beta2: float) -> update.Rule:
@@ -140,3 +158,69 @@ def _rule(name: str, step: int, lr: float, eps: float, beta1: float, beta2: floa
         case "rowwise_adam":
             return update.RowwiseAdam(lr, step, eps, beta1, beta2)
     raise ValueError(f"rule is {name!r}: give sgd, rowwise_adagrad or rowwise_adam")
+
+
+def retrieve(
+    row_queries_MHE: Tensor, col_queries_MHE: Tensor, row_keys_HNE: Tensor, col_keys_HNE: Tensor, k: int, tau: float
+) -> tuple[Tensor, Tensor]:
+    """slots_MHK (int64) and weights_MHK (float32), as `kernels.retrieval.retrieve`; differentiable to all operands."""
+    call = retrieve_op if torch.compiler.is_compiling() else _Retrieve.apply
+    return call(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, tau)
+
+
+class _Retrieve(Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        *operands, _, ctx.tau = inputs
+        slots_MHK, weights_MHK = retrieval.retrieve(*inputs)
+        ctx.set_materialize_grads(False)  # else zeros are made for the slots, which have no gradient
+        ctx.mark_non_differentiable(slots_MHK)
+        ctx.save_for_backward(*operands, slots_MHK, weights_MHK)
+        return slots_MHK, weights_MHK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, gradient_MHK):
+        if gradient_MHK is None:
+            return (None,) * 6
+        return *retrieval.retrieve_backward(*ctx.saved_tensors, gradient_MHK, ctx.tau), None, None
+
+
+def sparse_gather(
+    values_RD: Tensor,
+    rows: Tensor,
+    weights: Tensor | None,
+    offsets_G1: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """pooled_GD in `dtype`, as `kernels.sparse_gather.sparse_gather`."""
+    if torch.compiler.is_compiling():
+        return sparse_gather_op(values_RD, rows, weights, offsets_G1, dtype)
+    return gather.sparse_gather(values_RD, rows, weights, offsets_G1, out_dtype=dtype)
+
+
+def sparse_update_(
+    values_RD: Tensor,
+    moment_R: Tensor | None,
+    first_RD: Tensor | None,
+    rows: Tensor,
+    weights: Tensor | None,
+    offsets_G1: Tensor | None,
+    gradient_GD: Tensor,
+    rule: str,
+    numbers: list[float],
+    step: int,
+    of_weights: bool,
+    rounding_seed: int | None = None,
+) -> Tensor | None:
+    """One optimizer step by `kernels.sparse_update.sparse_update`, in place.
+
+    `rule` is "sgd", "rowwise_adagrad" or "rowwise_adam", `numbers` are lr, eps, beta1 and beta2, of which a rule takes
+    its own, and `step` counts from 1 for rowwise_adam; moment_R and first_RD as in `RowState`.  Returns the gradient of
+    the weights before the step, float32 and shaped as the rows, or None without `of_weights`.
+    """
+    state_and_bags = moment_R, first_RD, rows, weights, offsets_G1
+    how = rule, numbers, step, of_weights, rounding_seed
+    call = sparse_update_op if torch.compiler.is_compiling() else _update
+    gradient = call(values_RD, *state_and_bags, gradient_GD, *how)
+    return gradient if of_weights else None

@@ -97,10 +97,17 @@ def _launch(
 
 
 @triton.jit
+def mean(x_RC, E: tl.constexpr):
+    sum_R = tl.sum(x_RC, 1)
+    return tl.div_rn(sum_R, tl.zeros_like(sum_R) + E)
+
+
+@triton.jit
 def normalised(x_RC, eps, real_RC, E: tl.constexpr):
     """xhat, 0 outside of the tensor, and r."""
-    centred_RC = tl.where(real_RC, x_RC - (tl.sum(x_RC, 1) / E)[:, None], 0.0)
-    r_R = 1.0 / tl.sqrt(tl.sum(centred_RC * centred_RC, 1) / E + eps)
+    # divided exactly: what a row has in common is gone then, and r would show what is left of it
+    centred_RC = tl.where(real_RC, x_RC - mean(x_RC, E)[:, None], 0.0)
+    r_R = 1.0 / tl.sqrt(mean(centred_RC * centred_RC, E) + eps)
     return tl.where(real_RC, centred_RC * r_R[:, None], 0.0), r_R
 
 
@@ -182,8 +189,8 @@ def gradients_of_blocks(
         g_RC = tl.load(g_ptr + g_at_RC, mask=real_RC, other=0.0).to(tl.float32)
         xhat_RC, r_R = normalised(x_RC, eps, real_RC, E)
         w_RC = g_RC * gamma_C[None, :]
-        mean_R = tl.sum(w_RC, 1) / E
-        slope_R = tl.sum(w_RC * xhat_RC, 1) / E
+        mean_R = mean(w_RC, E)
+        slope_R = mean(w_RC * xhat_RC, E)
         dx_RC = (w_RC - mean_R[:, None] - xhat_RC * slope_R[:, None]) * r_R[:, None]
         tl.store(dx_ptr + at_RC, dx_RC.to(dx_ptr.dtype.element_ty), mask=real_RC)
         of_gamma_RC += g_RC * xhat_RC

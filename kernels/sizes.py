@@ -21,7 +21,7 @@ COMPARING_PROGRAMS = 256  # about two for each multiprocessor of an H200; a cons
 # of the LayerNorm of queries
 NORM_WIDTH = 256
 NORM_ELEMENTS = 2048  # of a block: 16 a thread
-NORM_PROGRAMS = 512  # of the backward at most, an axis; a constant as above
+NORM_PROGRAMS = 256  # of the backward at most, an axis; a constant as above
 
 # of sums over sorted hits
 CHUNK = 32  # hits

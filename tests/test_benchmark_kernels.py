@@ -184,7 +184,8 @@ def test_the_plot_is_drawn_from_the_csv(bench, tmp_path: Path):
 
 
 def test_what_the_sanitizer_watches_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"RETRIEVALS": ((5, 20, 16, 4),), "TABLES": ((50, 8),), "BAGS": 3, "HITS": 4, "TOKENS": ((2, 3, 5),)}
+    small = {"RETRIEVALS": ((5, 20, 16, 4),), "TABLES": ((50, 8),), "BAGS": 3, "HITS": 4}
+    small |= {"TOKENS": ((2, 3, 5),), "NORMS": ((5, 2, 20),)}
     for name, value in small.items():
         monkeypatch.setattr(sanitized, name, value)
     sanitized.run_all(DEVICE)

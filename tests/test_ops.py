@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,10 @@ def test_retrieve_is_a_sound_operator(queries: int, dtype: torch.dtype) -> None:
     # not its check of compiled gradients, which adds up all outputs, and slots are integers; that is done below
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     inputs = operands(queries, dtype)
-    torch.library.opcheck(ops.retrieve, (*inputs, 4, 0.25), test_utils=checks)
+    torch.library.opcheck(ops.retrieve_op, (*inputs, 4, 0.25), test_utils=checks)
     inputs = [operand.detach() for operand in inputs]
     slots_MHK, weights_MHK = ops.retrieve(*inputs, 4, 0.25)
-    torch.library.opcheck(ops.retrieve_backward, (*inputs, slots_MHK, weights_MHK, weights_MHK, 0.25))
+    torch.library.opcheck(ops.retrieve_backward_op, (*inputs, slots_MHK, weights_MHK, weights_MHK, 0.25))
 
 
 def test_the_gather_and_the_update_are_sound_operators() -> None:
@@ -48,7 +49,7 @@ def test_the_gather_and_the_update_are_sound_operators() -> None:
     offsets_G1 = torch.tensor([0, 3, 3, 24], device=DEVICE)
     uniform, jagged = (rows_GL, weights_GL, None), (rows_GL.flatten(), weights_GL.flatten(), offsets_G1)
     for bags in (uniform, jagged, (rows_GL.flatten(), None, offsets_G1)):
-        torch.library.opcheck(ops.sparse_gather, (values_RD, *bags))
+        torch.library.opcheck(ops.sparse_gather_op, (values_RD, *bags))
     numbers, first_RD = [0.1, 1e-8, 0.9, 0.999], torch.zeros_like(values_RD)
     for bags, rule, state, of_weights in (
         (uniform, "rowwise_adagrad", (moment_R, None), True),
@@ -57,17 +58,18 @@ def test_the_gather_and_the_update_are_sound_operators() -> None:
     ):
         gradient = gradient_GD[: 6 if bags is uniform else 3]
         step = (values_RD, *state, *bags, gradient, rule, numbers, 3, of_weights)
-        torch.library.opcheck(ops.sparse_update_, step)
+        torch.library.opcheck(ops.sparse_update_op, step)
         halves = (values_RD.bfloat16(), *step[1:], 5)
-        torch.library.opcheck(ops.sparse_update_, halves)
+        torch.library.opcheck(ops.sparse_update_op, halves)
     with pytest.raises(ValueError, match="rule is 'adam': give sgd, rowwise_adagrad or rowwise_adam"):
         ops.sparse_update_(values_RD, None, None, *uniform, gradient_GD, "adam", numbers, 1, False)
 
 
+@pytest.mark.parametrize("retrieve", [ops.retrieve, ops.retrieve_op], ids=["function", "operator"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_both_back_ends_retrieve_the_same_with_the_same_gradients(dtype: torch.dtype) -> None:
+def test_both_back_ends_retrieve_the_same_with_the_same_gradients(dtype: torch.dtype, retrieve: Callable) -> None:
     found, expected = operands(dtype=dtype), operands(dtype=dtype)
-    slots_MHK, weights_MHK = ops.retrieve(*found, 4, 0.25)
+    slots_MHK, weights_MHK = retrieve(*found, 4, 0.25)
     expected_slots_MHK, expected_weights_MHK = reference.retrieve(*expected, 4, 0.25)
     assert torch.equal(slots_MHK, expected_slots_MHK)
     torch.testing.assert_close(weights_MHK, expected_weights_MHK, rtol=1e-4, atol=1e-5)
