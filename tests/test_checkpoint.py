@@ -356,4 +356,8 @@ def test_on_a_gpu_too_the_state_of_then_is_saved_and_loaded(tmp_path: Path) -> N
         load_checkpoint(tmp_path / "checkpoint", trainer.model, trainer.optimizers, ranks)
         assert hashes(trainer) == saved["hashes"]
         assert train(trainer, tmp_path, range(SAVED_AFTER, len(STEPS))) == pytest.approx(saved["losses"], rel=1e-4)
+        patch.setattr(checkpoint_pieces, "PIECE", PIECE)
+        at_once = save_at_once(trainer, tmp_path)
+        load_checkpoint(tmp_path / "at once", trainer.model, trainer.optimizers, ranks)
+        assert hashes(trainer) == at_once["hashes"]
         del trainer
