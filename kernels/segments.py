@@ -70,12 +70,17 @@ class Segments:
 def tile_shape(width: int, hits_of_a_row: float) -> TileShape:
     """Few numbers of a tile to a warp, so that many tiles run at once, and few warps, since what crosses them waits.
 
-    Where rows have several hits each, few segments begin in a tile, and each is walked along S hits at a time: larger
-    tiles then.  As measured on an H200, with 0.1 to 64 hits of a row.
+    Rows with a few hits each make tiles wait for their longest segment: small ones then.  Where rows have many, chunks
+    are summed beforehand and few segments begin in a tile: large ones.  Bounds are those of an H200.
     """
     padded = triton.next_power_of_2(width)
-    several = hits_of_a_row >= (32 if padded <= 64 else 8)
-    return TileShape(min(max((512 if several else 256) // padded, 1), 16), min(max(padded // 512, 1), 4))
+    if padded > 256:
+        return TileShape(1, min(padded // 512, 4))
+    if hits_of_a_row >= 4 * sizes.CHUNK and padded <= 128:
+        return TileShape(sizes.CHUNK, 1)
+    if 1 <= hits_of_a_row < 2 * sizes.CHUNK:
+        return TileShape(min((256 if hits_of_a_row < 8 else 512) // padded, 16), 1)
+    return TileShape(min(1024 // padded, 8), 1)
 
 
 def segments_of(

@@ -25,6 +25,7 @@ from triton_device import DEVICE
 
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 EPS = 1e-5
+ROUNDED = 2**-22 * EPS**-0.5  # what a constant row, whose gradient is zero, makes of roundings
 # M, H, E: one block of rows, several, and parts of one
 SHAPES = [(1, 1, 1), (33, 2, 1), (7, 3, 20), (129, 1, 64), (31, 2, 100), (3, 3, 256), (5, 1, 255), (300, 3, 64)]
 ODD = (math.inf, -math.inf, math.nan)
@@ -73,8 +74,9 @@ def assert_exact(found: list[Tensor], given: list[Tensor]) -> None:
     for one, other, dtype in zip(found, exact(*given), dtypes, strict=True):
         assert one.dtype == dtype and one.is_contiguous()
         error = ERROR[dtype]
+        least = ROUNDED if x_MX.shape[1] == 2 * g_MHE.shape[1] else 1e-5  # rows of one number are constant
         small = error * float(other.nan_to_num(0, 0, 0).abs().mean()) if other.numel() else 0
-        torch.testing.assert_close(one.double(), other, rtol=error, atol=max(small, 1e-5), equal_nan=True)
+        torch.testing.assert_close(one.double(), other, rtol=error, atol=max(small, least), equal_nan=True)
 
 
 @pytest.mark.parametrize(("x_dtype", "y_dtype"), [*product(TYPES, TYPES)])

@@ -333,7 +333,7 @@ def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tiles_divide_a_chunk() -> None:
     for width in (1, 5, 64, 128, 1000, 4096):
-        assert all(CHUNK.value % tile_shape(width, hits).hits == 0 for hits in (0.1, 1000))
+        assert all(CHUNK.value % tile_shape(width, hits).hits == 0 for hits in (0.1, 1, 20, 70, 1000))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from msn_dist.errors import InputError
-from msn_dist.training.checkpoint_pieces import InPieces
+from msn_dist.training.checkpoint_pieces import ByThreads, InPieces, threads
 from msn_dist.training.console import Console
 from msn_dist.training.host_memory import free_host_bytes
 from msn_dist.training.optimizers import Optimizers
@@ -157,7 +157,8 @@ def read(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
     """Read into the tensors of `state`, however they were sharded when they were written; a collective call."""
     tensors_in(path, ranks)  # explains a folder without a checkpoint, which torch would log at length
     with _explained(f"{path}: the checkpoint cannot be read"):
-        dcp.load(state, checkpoint_id=path, process_group=ranks.control)
+        reader = ByThreads(path, threads(ranks.local_world))
+        dcp.load(state, storage_reader=reader, process_group=ranks.control)
 
 
 def tensors_in(path: Path, ranks: Ranks) -> dict[str, TensorStorageMetadata]:
@@ -229,7 +230,7 @@ class _Replacing(dcp.FileSystemWriter):
         if ranks.rank == 0:
             shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
         dist.barrier(group=ranks.control)
-        super().__init__(draft)
+        super().__init__(draft, thread_count=threads(ranks.local_world))
         self._place = path
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
