@@ -20,7 +20,7 @@ from msn_dist.errors import InputError
 from msn_dist.memory import Placement
 from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.planner import plan
-from msn_dist.training import checkpoint, checkpoint_pieces
+from msn_dist.training import checkpoint, checkpoint_parts
 from msn_dist.training.checkpoint import Checkpoints, load_checkpoint, read, save_checkpoint, tensors_in
 from msn_dist.training.growth import grow
 from msn_dist.training.ranks import Ranks, joined_ranks
@@ -134,7 +134,7 @@ def save_at_once(trainer: Trainer, folder: Path) -> dict[str, Any]:
 def at_one_world_size(rank: int, world: int, folder: Path) -> dict[str, Any]:
     set_use_sync_collectives(True)  # as joined_ranks does
     plan._ROW_WISE_FROM = 35  # so that an id table is cut by rows
-    checkpoint_pieces.PIECE = PIECE
+    checkpoint_parts.PIECE = PIECE
     ranks = Ranks(rank, world, world, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
     found = {}
     if world == 4:
@@ -356,7 +356,7 @@ def test_on_a_gpu_too_the_state_of_then_is_saved_and_loaded(tmp_path: Path) -> N
         load_checkpoint(tmp_path / "checkpoint", trainer.model, trainer.optimizers, ranks)
         assert hashes(trainer) == saved["hashes"]
         assert train(trainer, tmp_path, range(SAVED_AFTER, len(STEPS))) == pytest.approx(saved["losses"], rel=1e-4)
-        patch.setattr(checkpoint_pieces, "PIECE", PIECE)
+        patch.setattr(checkpoint_parts, "PIECE", PIECE)
         at_once = save_at_once(trainer, tmp_path)
         load_checkpoint(tmp_path / "at once", trainer.model, trainer.optimizers, ranks)
         assert hashes(trainer) == at_once["hashes"]

@@ -6,6 +6,7 @@ optimizers of the tables keep, ``dense_optimizer.state.`` what AdamW keeps.
 
 from __future__ import annotations
 
+import copy
 import pickle
 import shutil
 import time
@@ -21,12 +22,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from msn_dist.errors import InputError
-from msn_dist.training.checkpoint_pieces import ByThreads, InPieces, threads
+from msn_dist.training.checkpoint_parts import ByThreads, LoadParts, Part, SaveParts, in_parts, threads
 from msn_dist.training.console import Console
 from msn_dist.training.host_memory import free_host_bytes
 from msn_dist.training.optimizers import Optimizers
@@ -61,7 +60,7 @@ class Checkpoints:
         """
         self.wait()
         self._started = time.perf_counter()
-        state = _state(model, optimizers)
+        state = in_parts(_state(model, optimizers))
         if problem := self._why_no_room(state):
             return problem
         if problem := self._why_no_copy(state):
@@ -72,7 +71,7 @@ class Checkpoints:
             self._written()
             return None
         writer = _Replacing(self.path, self._ranks)
-        self._writing = dcp.async_save(state, storage_writer=writer, planner=InPieces(), process_group=self._group)
+        self._writing = dcp.async_save(state, storage_writer=writer, planner=SaveParts(), process_group=self._group)
         self._writing.add_done_callback(self._written)
         return None
 
@@ -84,11 +83,11 @@ class Checkpoints:
         free = free_host_bytes()
         sizes = torch.tensor([_local_bytes(state), 0 if free is None else -free])
         dist.all_reduce(sizes, dist.ReduceOp.MAX, group=self._ranks.control)
-        copy, free = int(sizes[0]) * self._ranks.local_world, -int(sizes[1])
-        if not free or 2 * copy <= free:
+        size, free = int(sizes[0]) * self._ranks.local_world, -int(sizes[1])
+        if not free or 2 * size <= free:
             return None
         return (
-            f"a copy of the state takes {binary(copy)} of a node's memory and its files as much again, "
+            f"a copy of the state takes {binary(size)} of a node's memory and its files as much again, "
             f"and {binary(free)} is free"
         )
 
@@ -150,7 +149,7 @@ def write(path: Path, state: dict[str, Any], ranks: Ranks, group: dist.ProcessGr
     """
     writer = _Replacing(path, ranks)
     with _explained(f"{path}: the checkpoint cannot be written"):
-        dcp.save(state, storage_writer=writer, planner=InPieces(), process_group=group or ranks.control)
+        dcp.save(state, storage_writer=writer, planner=SaveParts(), process_group=group or ranks.control)
 
 
 def read(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
@@ -158,7 +157,7 @@ def read(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
     tensors_in(path, ranks)  # explains a folder without a checkpoint, which torch would log at length
     with _explained(f"{path}: the checkpoint cannot be read"):
         reader = ByThreads(path, threads(ranks.local_world))
-        dcp.load(state, storage_reader=reader, process_group=ranks.control)
+        dcp.load(state, storage_reader=reader, planner=LoadParts(), process_group=ranks.control)
 
 
 def tensors_in(path: Path, ranks: Ranks) -> dict[str, TensorStorageMetadata]:
@@ -203,15 +202,9 @@ def _local_bytes(tree: Any) -> int:
     """Of this rank's parts of tables, and of what all ranks have on the one that writes it."""
     if isinstance(tree, dict):
         return sum(map(_local_bytes, tree.values()))
-    if isinstance(tree, DTensor):
-        local = tree.to_local()
-        parts = local.local_shards() if hasattr(local, "local_shards") else [local]
-        if all(placement.is_replicate() for placement in tree.placements) and dist.get_rank():
-            return 0
-        return sum(part.numel() * part.element_size() for part in parts)
-    if isinstance(tree, Tensor):
-        return tree.numel() * tree.element_size() if dist.get_rank() == 0 else 0
-    return 0
+    if isinstance(tree, Part):
+        return 0 if tree.shared and dist.get_rank() else tree.bytes
+    return tree.nbytes if isinstance(tree, Tensor) and dist.get_rank() == 0 else 0
 
 
 def _state(model: DistributedModelParallel, optimizers: Optimizers) -> dict[str, Any]:
@@ -235,10 +228,7 @@ class _Replacing(dcp.FileSystemWriter):
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy on the host.  The base class would make two, one after the other."""
-        stager = DefaultStager(StagingOptions(False, False, False, False))  # not pinned, not shared, not later
-        copy = stager.stage(_without_offsets(state_dict))
-        stager.close()
-        return copy
+        return _on_host(state_dict)
 
     def finish(self, metadata: Metadata, results: list) -> None:
         """Called on one rank, when all have written; the others' calls return after it."""
@@ -250,16 +240,12 @@ class _Replacing(dcp.FileSystemWriter):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _without_offsets(tree: Any) -> Any:
-    """torch's stager fails on a DTensor whose part begins inside of a storage, as a replica's block does."""
+def _on_host(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {name: _without_offsets(part) for name, part in tree.items()}
-    if isinstance(tree, DTensor) and tree.storage_offset():
-        local = tree.to_local().clone()
-        return DTensor.from_local(
-            local, tree.device_mesh, tree.placements, run_check=False, shape=tree.shape, stride=tree.stride()
-        )
-    return tree
+        return {name: _on_host(part) for name, part in tree.items()}
+    if isinstance(tree, Part):
+        return tree.on_host()
+    return tree.to("cpu", copy=True) if isinstance(tree, Tensor) else copy.deepcopy(tree)
 
 
 @contextmanager
