@@ -25,7 +25,7 @@ from msn_dist.sharding.strategies import STRATEGIES
 from msn_dist.strict_yaml import parse
 from msn_dist.training import checkpoint, run
 from msn_dist.training.checkpoint import load_checkpoint, read, write
-from msn_dist.training.host_memory import free_host_bytes, require_host_memory
+from msn_dist.training.host_memory import free_host_bytes, lies_in_memory, require_host_memory
 from msn_dist.training.ranks import Ranks, joined_ranks
 from msn_dist.training.run_directory import RunDirectory
 from msn_dist.training.trainer import Trainer
@@ -269,6 +269,23 @@ def test_what_is_free_is_what_the_system_or_the_container_can_still_give(tmp_pat
         (group / "memory.stat").write_text("anon 20000\nfile 999999\nshmem 10000\n")
         assert free_host_bytes(tmp_path) == free
     assert free_host_bytes() is None or free_host_bytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "in_memory"),
+    [("/dev/shm/run", True), ("/dev/shm", True), ("/dev/shmall", False), ("/data/run", False), ("/data/ram/run", True)],
+)
+def test_a_file_system_in_memory_is_told_from_one_on_a_disk(path: str, in_memory: bool, tmp_path: Path) -> None:
+    assert not lies_in_memory(Path(path), tmp_path)
+    (tmp_path / "proc").mkdir()
+    mounts = [
+        "/dev/vda / ext4 rw 0 0",
+        "tmpfs /dev/shm tmpfs rw 0 0",
+        "nfs:/x /data nfs4 rw 0 0",
+        "r /data/ram ramfs rw 0 0",
+    ]
+    (tmp_path / "proc/mounts").write_text("\n".join(mounts))
+    assert lies_in_memory(Path(path), tmp_path) == in_memory
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,13 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from msn_dist.errors import InputError
 from msn_dist.training.checkpoint_parts import ByThreads, LoadParts, Part, SaveParts, in_parts, threads
 from msn_dist.training.console import Console
-from msn_dist.training.host_memory import free_host_bytes
+from msn_dist.training.host_memory import free_host_bytes, lies_in_memory
 from msn_dist.training.optimizers import Optimizers
 from msn_dist.training.ranks import Ranks
 from msn_dist.units import binary
 
 _SHOWN = 3  # of the tensors that do not fit
+_SLACK = 1.1  # of a copy: something else takes memory too
 
 
 class Checkpoints:
@@ -79,17 +80,16 @@ class Checkpoints:
         self.seconds = time.perf_counter() - self._started
 
     def _why_no_copy(self, state: dict[str, Any]) -> str | None:
-        """The system keeps what is written in memory for a while, or for good if `path` is in a memory file system."""
         free = free_host_bytes()
-        sizes = torch.tensor([_local_bytes(state), 0 if free is None else -free])
+        here = _local_bytes(state), 0 if free is None else -free, lies_in_memory(self.path.absolute())
+        sizes = torch.tensor(here, dtype=torch.int64)
         dist.all_reduce(sizes, dist.ReduceOp.MAX, group=self._ranks.control)
         size, free = int(sizes[0]) * self._ranks.local_world, -int(sizes[1])
-        if not free or 2 * size <= free:
+        files = size if sizes[2] else 0
+        if not free or _SLACK * size + files <= free:
             return None
-        return (
-            f"a copy of the state takes {binary(size)} of a node's memory and its files as much again, "
-            f"and {binary(free)} is free"
-        )
+        of_files = f", its files in {self.path.parent} as much again" if files else ""
+        return f"a copy of the state takes {binary(size)} of a node's memory{of_files}, and {binary(free)} is free"
 
     def _why_no_room(self, state: dict[str, Any]) -> str | None:
         """The new state lies beside the old one until it is complete."""

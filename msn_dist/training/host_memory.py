@@ -34,6 +34,15 @@ def free_host_bytes(root: Path = Path("/")) -> int | None:
     return min(free, default=None)
 
 
+def lies_in_memory(path: Path, root: Path = Path("/")) -> bool:
+    """Whether files at this absolute path are kept by a file system in the host's memory, as those of /dev/shm are."""
+    mounts = []
+    with suppress(OSError):
+        mounts = [line.split()[1:3] for line in (root / "proc/mounts").read_text().splitlines()]
+    around = [(len(Path(place).parts), kind) for place, kind in mounts if path.is_relative_to(place)]
+    return bool(around) and max(around)[1] in ("tmpfs", "ramfs")
+
+
 def _numbers(path: Path) -> dict[str, int]:
     """{first word: second word} of every line."""
     return {words[0]: int(words[1]) for line in path.read_text().splitlines() if len(words := line.split()) > 1}
