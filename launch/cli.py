@@ -130,9 +130,7 @@ def make_plan(
     limits = {"most_gib": max_gib, "most_ms": max_ms}
     popularity = {"zipf": zipf, "usage": usage}
     raise typer.Exit(
-        planning.plan(
-            config, overrides, topology, rounding=rounding, tune=tune, output=output, **limits, **popularity
-        )
+        planning.plan(config, overrides, topology, rounding=rounding, tune=tune, output=output, **limits, **popularity)
     )
 
 

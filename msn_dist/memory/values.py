@@ -54,6 +54,7 @@ class MemoryValues(nn.Module):
         super().__init__()
         self.slots, self.dim, self.init_std, self.seed = slots, dim, init_std, seed
         self.sharding = sharding
+        self.to_be_loaded = False  # initial values are left out: a checkpoint will bring others
         self.placement = Placement.permuted(slots)
         self.weight = nn.Parameter(torch.empty(slots, dim, dtype=dtype, device=device))
         self.usage = SlotUsage(slots, device=device)
@@ -66,6 +67,8 @@ class MemoryValues(nn.Module):
 
     def fill(self, rows_RC: Tensor, first_row: int, first_column: int = 0) -> None:
         """Write the initial values of the rows and columns that begin there into rows_RC, rounded to its dtype."""
+        if self.to_be_loaded:
+            return
         initial_values(self.placement, first_row, rows_RC, std=self.init_std, seed=self.seed, first_column=first_column)
 
     def forward(self, slots_ML: Tensor, weights_ML: Tensor) -> Tensor:

@@ -40,9 +40,7 @@ def place_ids(situation: Situation, reserved_bytes: int) -> IdPlan:
         situation.rows,
         reserved_bytes,
         machine.kind,
-        ids_per_row={
-            column: history.max_length for history in schema.histories.values() for column in history.columns
-        },
+        ids_per_row={column: history.max_length for history in schema.histories.values() for column in history.columns},
         shardings=_SHARDINGS,
     )
     weights = dict(model.named_parameters())

@@ -95,7 +95,6 @@ class Machine(Part):
     all_to_all: Collective
     all_reduce: Collective
 
-
     @model_validator(mode="after")
     def _possible(self) -> Machine:
         if (self.retrieve is None) != (self.retrieve_backward is None):

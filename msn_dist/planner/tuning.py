@@ -49,9 +49,7 @@ class Tuned:
         return self.rank_seconds < _SAME * other.rank_seconds
 
 
-def tune(
-    situation: Situation, most_seconds: float | None, rounding: bool, say: Callable[[str], None]
-) -> list[Tuned]:
+def tune(situation: Situation, most_seconds: float | None, rounding: bool, say: Callable[[str], None]) -> list[Tuned]:
     """The Pareto set of what fits, the largest memory first; values of 16 bits only with `rounding`.
 
     InputError without a memory.
@@ -80,9 +78,7 @@ def tune(
 
 def tuned_table(found: list[Tuned]) -> Table:
     """80 columns; rows and microseconds of a rank."""
-    table = Table(
-        title="what nothing else beats", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = Table(title="what nothing else beats", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("sub_keys", "k", "D_v", "values", "ranks", "rows", "strategy", "ms", "us/row", "GiB"):
         table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
     for one in found:

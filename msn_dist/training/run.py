@@ -85,7 +85,7 @@ def evaluate(run_path: Path, split: str = "test") -> dict[str, dict[str, float]]
         schema = ranks.together(lambda: load_schema(config.data.path))
         checkpoint = ranks.together(run.existing_checkpoint)
         data = open_split(split, config.data, schema, ranks)
-        model, *_ = build_sharded_model(config, schema, ranks)
+        model, *_ = build_sharded_model(config, schema, ranks, to_be_loaded=True)
         load_model(checkpoint, model, ranks)
         metrics = evaluate_model(model, data, schema, ranks, config.training.precision)
         step = (run.summary() or {}).get("best_step", 0)

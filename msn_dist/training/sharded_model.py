@@ -28,9 +28,11 @@ from msn_dist.training.ranks import Ranks
 
 
 def build_sharded_model(
-    config: RunConfig, schema: Schema, ranks: Ranks, planned: PlanFile | None = None
+    config: RunConfig, schema: Schema, ranks: Ranks, planned: PlanFile | None = None, *, to_be_loaded: bool = False
 ) -> tuple[DistributedModelParallel, Plan, dict[str, int]]:
     """(model over all ranks, its plan, its parameter counts); the same start at every world size.
+
+    Values that are `to_be_loaded` from a checkpoint have no initial ones, which take long for a large table.
 
     `planned` says where the id tables lie; of memories `config` says it.  Raises InputError, on every rank, if a back
     end of the memory cannot run on one of them, a host has no room for the values that are to lie there, or the ranks
@@ -42,6 +44,8 @@ def build_sharded_model(
         if config.memory.strategy == "two_level" and ranks.world > 1:
             ranks.together(lambda: ranks_of_group(config.memory.group_ranks, ranks.world, ranks.local_world))
     ranker = Ranker(schema, config.model, config.memory, seed=config.seed, device=torch.device("meta"))
+    for memory in ranker.memories().values():
+        memory.values.to_be_loaded = to_be_loaded
     counts = count_parameters(ranker)
     if config.memory is not None and config.memory.tier == "host" and ranks.device.type == "cuda":
         values = sum(memory.values.weight.nbytes for memory in ranker.memories().values())
