@@ -3,14 +3,17 @@
 `retrieve` is differentiable.  The gather has no gradient of its own, and the update works in place: a table's gradient
 never exists, so the two halves are called by the look-up's own autograd function.
 
-Outside of torch.compile the functions below call the kernels themselves: an operator would cost the host, which a GPU
-often waits for, several times as much as what it does.
+Each has a function of its name that is for callers: under torch.compile it is the operator, else what the operator
+runs, since an operator costs the host, which a GPU often waits for, several times as much.
 
 Shape suffixes: M queries, H heads, N sub-keys of an axis, E key width of one half, K hits of a head; R rows of a value
 table, D its width, G bags, and H hits in the sparse operators.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +22,16 @@ from torch.autograd.function import Function, once_differentiable
 from msn_dist.kernels import retrieval
 from msn_dist.kernels import sparse_gather as gather
 from msn_dist.kernels import sparse_update as update
+
+
+def _for_callers(operator: Callable, plain: Callable) -> Callable:
+    """`operator` under torch.compile, else `plain`, which is the same."""
+
+    @functools.wraps(plain)
+    def call(*arguments, **options):
+        return (operator if torch.compiler.is_compiling() else plain)(*arguments, **options)
+
+    return call
 
 
 @torch.library.custom_op("msn_dist::retrieve", mutates_args=())
@@ -74,16 +87,47 @@ def _gradients(ctx, _, gradient_MHK):
 retrieve_op.register_autograd(_gradients, setup_context=_keep)
 
 
-@torch.library.custom_op("msn_dist::sparse_gather", mutates_args=())
-def sparse_gather_op(
+class _Retrieve(Function):
+    """`retrieve_op` with its gradients."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = retrieval.retrieve(*inputs)
+        _keep(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[0])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, gradient_MHK):
+        if gradient_MHK is None:
+            return (None,) * 6
+        return *retrieval.retrieve_backward(*ctx.saved_tensors, gradient_MHK, ctx.tau), None, None
+
+
+def _retrieve(
+    row_queries_MHE: Tensor, col_queries_MHE: Tensor, row_keys_HNE: Tensor, col_keys_HNE: Tensor, k: int, tau: float
+) -> tuple[Tensor, Tensor]:
+    """slots_MHK (int64) and weights_MHK (float32), as `kernels.retrieval.retrieve`; differentiable to all operands."""
+    return _Retrieve.apply(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, tau)
+
+
+retrieve = _for_callers(retrieve_op, _retrieve)
+
+
+def _sparse_gather(
     values_RD: Tensor,
     rows: Tensor,
     weights: Tensor | None,
     offsets_G1: Tensor | None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`sparse_gather` as an operator."""
+    """pooled_GD in `dtype`, as `kernels.sparse_gather.sparse_gather`."""
     return gather.sparse_gather(values_RD, rows, weights, offsets_G1, out_dtype=dtype)
+
+
+sparse_gather_op = torch.library.custom_op("msn_dist::sparse_gather", _sparse_gather, mutates_args=())
+sparse_gather = _for_callers(sparse_gather_op, _sparse_gather)
 
 
 @sparse_gather_op.register_fake
@@ -92,8 +136,7 @@ def _(values_RD, rows, weights, offsets_G1, dtype=torch.float32):
     return values_RD.new_empty((bags, values_RD.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op("msn_dist::sparse_update_", mutates_args=("values_RD", "moment_R", "first_RD"))
-def sparse_update_op(
+def _sparse_update_(
     values_RD: Tensor,
     moment_R: Tensor | None,
     first_RD: Tensor | None,
@@ -107,36 +150,13 @@ def sparse_update_op(
     of_weights: bool,
     rounding_seed: int | None = None,
 ) -> Tensor:
-    """`sparse_update_` as an operator; [0] for no gradient."""
-    gradient = _update(
-        values_RD,
-        moment_R,
-        first_RD,
-        rows,
-        weights,
-        offsets_G1,
-        gradient_GD,
-        rule,
-        numbers,
-        step,
-        of_weights,
-        rounding_seed,
-    )
-    return gradient if of_weights else gradient_GD.new_empty(0, dtype=torch.float32)
+    """One optimizer step by `kernels.sparse_update.sparse_update`, in place.
 
-
-@sparse_update_op.register_fake
-def _(
-    values_RD, moment_R, first_RD, rows, weights, offsets_G1, gradient_GD, rule, numbers, step, of_weights,
-    rounding_seed=None,
-):  # fmt: skip
-    return rows.new_empty(rows.shape if of_weights else 0, dtype=torch.float32)
-
-
-def _update(
-    values_RD, moment_R, first_RD, rows, weights, offsets_G1, gradient_GD, rule, numbers, step, of_weights, seed
-):
-    return update.sparse_update(
+    `rule` is "sgd", "rowwise_adagrad" or "rowwise_adam", `numbers` are lr, eps, beta1 and beta2, of which a rule takes
+    its own, and `step` counts from 1 for rowwise_adam; moment_R and first_RD as in `RowState`.  Returns the gradient of
+    the weights before the step, float32 and shaped as the rows; [0] without `of_weights`.
+    """
+    gradient = update.sparse_update(
         values_RD,
         update.RowState(moment_R, first_RD),
         rows,
@@ -145,8 +165,23 @@ def _update(
         gradient_GD,
         _rule(rule, step, *numbers),
         of_weights=of_weights,
-        rounding_seed=seed,
+        rounding_seed=rounding_seed,
     )
+    return gradient if of_weights else gradient_GD.new_empty(0, dtype=torch.float32)
+
+
+sparse_update_op = torch.library.custom_op(
+    "msn_dist::sparse_update_", _sparse_update_, mutates_args=("values_RD", "moment_R", "first_RD")
+)
+sparse_update_ = _for_callers(sparse_update_op, _sparse_update_)
+
+
+@sparse_update_op.register_fake
+def _(
+    values_RD, moment_R, first_RD, rows, weights, offsets_G1, gradient_GD, rule, numbers, step, of_weights,
+    rounding_seed=None,
+):  # fmt: skip
+    return rows.new_empty(rows.shape if of_weights else 0, dtype=torch.float32)
 
 
 def _rule(name: str, step: int, lr: float, eps: float, beta1: float, beta2: float) -> update.Rule:
@@ -158,69 +193,3 @@ def _rule(name: str, step: int, lr: float, eps: float, beta1: float, beta2: floa
         case "rowwise_adam":
             return update.RowwiseAdam(lr, step, eps, beta1, beta2)
     raise ValueError(f"rule is {name!r}: give sgd, rowwise_adagrad or rowwise_adam")
-
-
-def retrieve(
-    row_queries_MHE: Tensor, col_queries_MHE: Tensor, row_keys_HNE: Tensor, col_keys_HNE: Tensor, k: int, tau: float
-) -> tuple[Tensor, Tensor]:
-    """slots_MHK (int64) and weights_MHK (float32), as `kernels.retrieval.retrieve`; differentiable to all operands."""
-    call = retrieve_op if torch.compiler.is_compiling() else _Retrieve.apply
-    return call(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, tau)
-
-
-class _Retrieve(Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        *operands, _, ctx.tau = inputs
-        slots_MHK, weights_MHK = retrieval.retrieve(*inputs)
-        ctx.set_materialize_grads(False)  # else zeros are made for the slots, which have no gradient
-        ctx.mark_non_differentiable(slots_MHK)
-        ctx.save_for_backward(*operands, slots_MHK, weights_MHK)
-        return slots_MHK, weights_MHK
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, _, gradient_MHK):
-        if gradient_MHK is None:
-            return (None,) * 6
-        return *retrieval.retrieve_backward(*ctx.saved_tensors, gradient_MHK, ctx.tau), None, None
-
-
-def sparse_gather(
-    values_RD: Tensor,
-    rows: Tensor,
-    weights: Tensor | None,
-    offsets_G1: Tensor | None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """pooled_GD in `dtype`, as `kernels.sparse_gather.sparse_gather`."""
-    if torch.compiler.is_compiling():
-        return sparse_gather_op(values_RD, rows, weights, offsets_G1, dtype)
-    return gather.sparse_gather(values_RD, rows, weights, offsets_G1, out_dtype=dtype)
-
-
-def sparse_update_(
-    values_RD: Tensor,
-    moment_R: Tensor | None,
-    first_RD: Tensor | None,
-    rows: Tensor,
-    weights: Tensor | None,
-    offsets_G1: Tensor | None,
-    gradient_GD: Tensor,
-    rule: str,
-    numbers: list[float],
-    step: int,
-    of_weights: bool,
-    rounding_seed: int | None = None,
-) -> Tensor | None:
-    """One optimizer step by `kernels.sparse_update.sparse_update`, in place.
-
-    `rule` is "sgd", "rowwise_adagrad" or "rowwise_adam", `numbers` are lr, eps, beta1 and beta2, of which a rule takes
-    its own, and `step` counts from 1 for rowwise_adam; moment_R and first_RD as in `RowState`.  Returns the gradient of
-    the weights before the step, float32 and shaped as the rows, or None without `of_weights`.
-    """
-    state_and_bags = moment_R, first_RD, rows, weights, offsets_G1
-    how = rule, numbers, step, of_weights, rounding_seed
-    call = sparse_update_op if torch.compiler.is_compiling() else _update
-    gradient = call(values_RD, *state_and_bags, gradient_GD, *how)
-    return gradient if of_weights else None

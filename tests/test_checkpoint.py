@@ -122,7 +122,7 @@ def save_at_once(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Two saves by a host that has no room for a copy."""
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "free_host_bytes", lambda: 1000)
+        patch.setattr(checkpoint, "free_host_bytes", lambda: 0)
         checkpoints = Checkpoints(folder / "at once", trainer.ranks)
         for _ in range(2):
             assert checkpoints.save(trainer.model, trainer.optimizers, said.append) is None
@@ -222,7 +222,7 @@ def test_a_host_without_room_for_a_copy_writes_at_once_and_says_so_once(found) -
         saved = of_rank["at once"]
         (note,) = saved["said"]
         assert note.startswith("note: training waits while a checkpoint is written: a copy of the state takes ")
-        assert note.endswith("of a node's memory, and 1000 B is free")
+        assert note.endswith("of a node's memory, and 0 B is free")
         assert saved["seconds"] > 0
         assert of_rank["at once, loaded"] == saved["hashes"] == of_rank["saved"]["hashes"]
 

@@ -169,7 +169,7 @@ def _held(
     if look_up.kind == "memory":
         size = slots_of(config), look_up.dim, look_up.bags, look_up.hits
         rest = {"chunks": config.memory.chunks, "distinct": distinct, "device_type": device_type}
-        rest["autocast"] = config.training.precision == "bf16"
+        rest |= {"autocast": config.training.precision == "bf16"}
         # two_level holds as much in groups of any size, and is soon run in small ones
         return exchange_bytes(replace(layout, group_ranks=None), *size, **rest)
     return _held_by_ids(layout.world, look_up, id_dims)

@@ -6,7 +6,6 @@ optimizers of the tables keep, ``dense_optimizer.state.`` what AdamW keeps.
 
 from __future__ import annotations
 
-import copy
 import pickle
 import shutil
 import time
@@ -22,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.utils._pytree import tree_leaves, tree_map
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from msn_dist.errors import InputError
@@ -33,6 +33,7 @@ from msn_dist.training.ranks import Ranks
 from msn_dist.units import binary
 
 _SHOWN = 3  # of the tensors that do not fit
+_UNKNOWN = 2**62  # bytes, where the system does not say what is free
 _SLACK = 1.1  # of a copy: something else takes memory too
 
 
@@ -81,12 +82,12 @@ class Checkpoints:
 
     def _why_no_copy(self, state: dict[str, Any]) -> str | None:
         free = free_host_bytes()
-        here = _local_bytes(state), 0 if free is None else -free, lies_in_memory(self.path.absolute())
+        here = _local_bytes(state), -(_UNKNOWN if free is None else free), lies_in_memory(self.path.absolute())
         sizes = torch.tensor(here, dtype=torch.int64)
         dist.all_reduce(sizes, dist.ReduceOp.MAX, group=self._ranks.control)
         size, free = int(sizes[0]) * self._ranks.local_world, -int(sizes[1])
         files = size if sizes[2] else 0
-        if not free or _SLACK * size + files <= free:
+        if _SLACK * size + files <= free:
             return None
         of_files = f", its files in {self.path.parent} as much again" if files else ""
         return f"a copy of the state takes {binary(size)} of a node's memory{of_files}, and {binary(free)} is free"
@@ -198,13 +199,14 @@ def _conversions(state: Mapping[str, Tensor], stored: Mapping[str, TensorStorage
     ]
 
 
-def _local_bytes(tree: Any) -> int:
+def _local_bytes(state: dict[str, Any]) -> int:
     """Of this rank's parts of tables, and of what all ranks have on the one that writes it."""
-    if isinstance(tree, dict):
-        return sum(map(_local_bytes, tree.values()))
-    if isinstance(tree, Part):
-        return 0 if tree.shared and dist.get_rank() else tree.bytes
-    return tree.nbytes if isinstance(tree, Tensor) and dist.get_rank() == 0 else 0
+    first = dist.get_rank() == 0
+    return sum(
+        leaf.bytes if isinstance(leaf, Part) else leaf.nbytes
+        for leaf in tree_leaves(state)
+        if (isinstance(leaf, Part) and (first or not leaf.shared)) or (isinstance(leaf, Tensor) and first)
+    )
 
 
 def _state(model: DistributedModelParallel, optimizers: Optimizers) -> dict[str, Any]:
@@ -228,7 +230,7 @@ class _Replacing(dcp.FileSystemWriter):
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy on the host.  The base class would make two, one after the other."""
-        return _on_host(state_dict)
+        return tree_map(_on_host, state_dict)
 
     def finish(self, metadata: Metadata, results: list) -> None:
         """Called on one rank, when all have written; the others' calls return after it."""
@@ -240,12 +242,10 @@ class _Replacing(dcp.FileSystemWriter):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _on_host(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {name: _on_host(part) for name, part in tree.items()}
-    if isinstance(tree, Part):
-        return tree.on_host()
-    return tree.to("cpu", copy=True) if isinstance(tree, Tensor) else copy.deepcopy(tree)
+def _on_host(leaf: Any) -> Any:
+    if isinstance(leaf, Part):
+        return leaf.on_host()
+    return leaf.to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf
 
 
 @contextmanager

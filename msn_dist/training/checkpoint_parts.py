@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Shard
 from torch.futures import Future
+from torch.utils._pytree import tree_map
 
 PIECE = 2**27  # bytes
 
@@ -82,9 +83,7 @@ class Part:
 
 def in_parts(tree: Any) -> Any:
     """A state with a Part for every DTensor, in the same memory."""
-    if isinstance(tree, dict):
-        return {name: in_parts(part) for name, part in tree.items()}
-    return Part.of(tree) if isinstance(tree, DTensor) else tree
+    return tree_map(lambda leaf: Part.of(leaf) if isinstance(leaf, DTensor) else leaf, tree)
 
 
 def _shards(whole: DTensor) -> Iterator[tuple[torch.Size, Tensor]]:
