@@ -1,13 +1,14 @@
 """Sums over all hits of a row, without atomics: hits sorted by row, and the runs of equal rows, the segments, summed.
 
-A program takes a tile of S sorted hits and owns the segments that begin in it.  All of them end in it but the last,
-which may go on: its further hits are taken S at a time.  So that a row with a million hits costs no million steps,
+A program has CHUNK sorted hits and owns the segments that begin among them.  It takes them in tiles of S hits, and
+skips tiles in which none begins.  The segments of a tile end in it but for the last, which may go on, beyond the
+program's hits too: its further hits are taken T at a time.  So that a row with a million hits costs no million steps,
 two kernels run before: every aligned chunk of hits that lies in one segment is summed to one row of partial sums, and
 every aligned group of chunks likewise; the walk along the last segment takes those rows in the hits' place.  The order
 of every sum is fixed by the sorted hits alone, so that runs repeat to the bit.
 
 Shape suffixes: R rows of the table, D its width, G bags, H hits, C chunks, P rows of partial sums (chunks, then
-groups); in kernels S hits of one tile.
+groups); in kernels L hits of a program, S of one tile, T of one step of a walk.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ MOST_HITS = 2**31 - 2**20
 
 @dataclass(frozen=True)
 class TileShape:
-    """How launches over sorted hits are cut: hits of a tile (a power of two up to CHUNK) and warps of a program."""
+    """How launches over sorted hits are cut: hits of a tile, hits of a step where a segment goes on beyond its tile, and
+    warps of a program.  Hits are powers of two up to CHUNK."""
 
     hits: int
-    warps: int
+    step: int
+    warps: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,38 +52,36 @@ class Segments:
 
     @property
     def grid(self) -> tuple[int]:
-        return (triton.cdiv(len(self.keys_H), self.shape.hits),)
+        return (triton.cdiv(len(self.keys_H), sizes.CHUNK),)
 
     @property
     def pointers(self) -> tuple[Tensor | None, ...]:
         return self.keys_H, self.order_H, self.bag_H, self.weights_H, self.source_GD
 
     @property
-    def constants(self) -> dict[str, int]:
+    def of_hits(self) -> dict[str, int]:
+        """Constants of a kernel that takes hits as they come."""
         width = self.source_GD.shape[1]
-        return dict(
-            D=width,
-            D_PAD=triton.next_power_of_2(width),
-            SIZE=self.size,
-            S=self.shape.hits,
-            num_warps=self.shape.warps,
-        )
+        padded = triton.next_power_of_2(width)
+        return dict(D=width, D_PAD=padded, T=self.shape.step, num_warps=self.shape.warps)
+
+    @property
+    def of_tiles(self) -> dict[str, int]:
+        """Constants of a kernel that takes tiles."""
+        return dict(SIZE=self.size, S=self.shape.hits, **self.of_hits)
 
 
 def tile_shape(width: int, hits_of_a_row: float) -> TileShape:
-    """Few numbers of a tile to a warp, so that many tiles run at once, and few warps, since what crosses them waits.
+    """Few numbers of a tile to a warp, so that many tiles are under way.
 
-    Rows with a few hits each make tiles wait for their longest segment: small ones then.  Where rows have many, chunks
-    are summed beforehand and few segments begin in a tile: large ones.  Bounds are those of an H200.
+    Fewer where rows have many hits, as a tile waits for its longest segment.  Bounds are those of an H200.
     """
     padded = triton.next_power_of_2(width)
-    if padded > 256:
-        return TileShape(1, min(padded // 512, 4))
-    if hits_of_a_row >= 4 * sizes.CHUNK and padded <= 128:
-        return TileShape(sizes.CHUNK, 1)
-    if 1 <= hits_of_a_row < 2 * sizes.CHUNK:
-        return TileShape(min((256 if hits_of_a_row < 8 else 512) // padded, 16), 1)
-    return TileShape(min(1024 // padded, 8), 1)
+    warps = max(padded // 1024, 1)
+    if hits_of_a_row < 8:
+        hits = min(max(256 // padded, 1), 16)
+        return TileShape(hits, hits, warps)
+    return TileShape(min(max(128 // padded, 1), 8), min(max(512 // padded, 1), 16), warps)
 
 
 def segments_of(
@@ -116,14 +117,18 @@ def segments_of(
     segments = Segments(keys_H, order_H, bag_H, bags.weights_H, source_GD, partial_PD, bags.size, shape)
     if chunks:
         each = 8 if width <= 128 else 1
-        grid = (triton.cdiv(chunks, each),)
-        sum_chunks_kernel[grid](
-            *segments.pointers, values_RD, dot_H, partial_PD, hits, CHUNKS=each, **segments.constants
+        sum_chunks_kernel[(triton.cdiv(chunks, each),)](
+            *segments.pointers,
+            values_RD,
+            dot_H,
+            partial_PD,
+            hits,
+            CHUNKS=each,
+            SIZE=bags.size,
+            **segments.of_hits,
         )
     if groups:
-        constants = segments.constants
-        del constants["SIZE"]
-        sum_groups_kernel[(groups,)](keys_H, partial_PD, hits, **constants)
+        sum_groups_kernel[(groups,)](keys_H, partial_PD, hits, **segments.of_hits)
     return segments
 
 
@@ -136,10 +141,25 @@ def _sorted(rows_H: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def load_tile(keys_ptr, order_ptr, hits, S: tl.constexpr):
-    """This program's tile: its start, hits, their keys and order; where segments begin, which hits another one of the
-    same segment follows, and where the last segment begins."""
-    start = tl.program_id(0) * S
+def find_begins(keys_ptr, hits):
+    """Those of this program's hits that begin a segment, and `hits` in the others' place."""
+    hit_L = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    key_L = tl.load(keys_ptr + hit_L, mask=hit_L < hits, other=-1)
+    previous_L = tl.load(keys_ptr + hit_L - 1, mask=(hit_L > 0) & (hit_L < hits), other=-1)
+    return tl.where(key_L != previous_L, hit_L, hits)
+
+
+@triton.jit
+def next_tile(begin_L, at, hits, S: tl.constexpr):
+    """Start of the first tile, not before `at`, in which a segment begins; `hits` if there is none."""
+    begin = tl.min(tl.where(begin_L >= at, begin_L, hits), 0)
+    return tl.where(begin < hits, begin // S * S, hits)
+
+
+@triton.jit
+def load_tile(keys_ptr, order_ptr, start, hits, S: tl.constexpr):
+    """Of the tile at `start` its hits, their keys and order; where segments begin, which hits another one of the same
+    segment follows, and where the last segment begins."""
     hit_S = start + tl.arange(0, S)
     # All at once: what waits for one read before it asks for the next takes longer than the sums.
     key_S = tl.load(keys_ptr + hit_S, mask=hit_S < hits, other=-1)
@@ -147,7 +167,7 @@ def load_tile(keys_ptr, order_ptr, hits, S: tl.constexpr):
     next_S = tl.load(keys_ptr + hit_S + 1, mask=hit_S + 1 < hits, other=-1)
     order_S = tl.load(order_ptr + hit_S, mask=hit_S < hits, other=0)
     own_S = key_S != previous_S
-    return start, hit_S, key_S, order_S, own_S, key_S == next_S, tl.max(tl.where(own_S, hit_S, -1), 0)
+    return hit_S, key_S, order_S, own_S, key_S == next_S, tl.max(tl.where(own_S, hit_S, -1), 0)
 
 
 @triton.jit
@@ -187,48 +207,52 @@ def sum_tail(
     dot_ptr,
     partial_ptr,
     hits,
-    start,
     begin,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     SIZE: tl.constexpr,
-    S: tl.constexpr,
+    T: tl.constexpr,
 ):
-    """Sum [D] of the segment that begins at hit `begin` of the tile at `start`, without that hit."""
-    lane_S = tl.arange(0, S)
+    """Sum [D] of the segment that begins at hit `begin` and has more than it, without that hit, T hits at a time."""
+    lane_T = tl.arange(0, T)
     col_D = tl.arange(0, D_PAD)
     last = tl.load(keys_ptr + begin)
-    row_S = tl.zeros([S], tl.int64) + last.to(tl.int64)
-    sum_SD = tl.zeros([S, D_PAD], tl.float32)
-    at = start
-    key = tl.load(keys_ptr + begin + 1, mask=begin + 1 < hits, other=-1)
+    sum_D = tl.zeros([D_PAD], tl.float32)
+    value_1D = sum_D[None, :]
+    if dot_ptr is not None:
+        value_1D = load_rows(
+            values_ptr, tl.zeros([1], tl.int64) + last.to(tl.int64), tl.full([1], 1, tl.int1), col_D, D
+        )
+    at = begin // T * T
+    key = last
     while key == last:
+        hit_T = at + lane_T
+        mask_T = (hit_T > begin) & (hit_T < hits)
         chunk_end = tl.where((at > begin) & (at % CHUNK == 0), at + CHUNK, hits + 1)
-        whole_chunk = tl.load(keys_ptr + chunk_end - 1, mask=chunk_end <= hits, other=-1) == last
-        if whole_chunk:
+        # All at once, as in load_tile.
+        key_T = tl.load(keys_ptr + hit_T, mask=mask_T, other=-1)
+        order_T = tl.load(order_ptr + hit_T, mask=mask_T, other=0)
+        chunk_key = tl.load(keys_ptr + chunk_end - 1, mask=chunk_end <= hits, other=-1)
+        key = tl.load(keys_ptr + at + T, mask=at + T < hits, other=-1)
+        if chunk_key == last:
             group_end = tl.where(at % GROUP == 0, at + GROUP, hits + 1)
             whole_group = tl.load(keys_ptr + group_end - 1, mask=group_end <= hits, other=-1) == last
             stride = tl.where(whole_group, GROUP, CHUNK)
             # Chunks are taken up to where a group begins, and groups without an end.
             end = tl.where(whole_group, hits, tl.minimum((at // GROUP + 1) * GROUP, hits))
             partial = tl.where(whole_group, hits // CHUNK, 0) + at // stride
-            end_S = at + (lane_S + 1) * stride
-            take_S = tl.load(keys_ptr + end_S - 1, mask=end_S <= end, other=-1) == last
-            sum_SD += load_rows(partial_ptr, partial + lane_S, take_S, col_D, D)
-            at += stride * tl.sum(take_S.to(tl.int32), 0)
+            end_T = at + (lane_T + 1) * stride
+            take_T = tl.load(keys_ptr + end_T - 1, mask=end_T <= end, other=-1) == last
+            sum_D += tl.sum(load_rows(partial_ptr, partial + lane_T, take_T, col_D, D), axis=0)
+            at += stride * tl.sum(take_T.to(tl.int32), 0)
+            key = tl.load(keys_ptr + at, mask=at < hits, other=-1)
         else:
-            hit_S = at + lane_S
-            take_S = tl.load(keys_ptr + hit_S, mask=(hit_S > begin) & (hit_S < hits), other=-1) == last
-            order_S = tl.load(order_ptr + hit_S, mask=take_S, other=0)
-            value_SD = sum_SD
-            if dot_ptr is not None:
-                value_SD = load_rows(values_ptr, row_S, take_S, col_D, D)
-            sum_SD += weighted_sources(
-                order_S, bag_ptr, weights_ptr, source_ptr, value_SD, dot_ptr, take_S, col_D, D, SIZE
+            more_TD = weighted_sources(
+                order_T, bag_ptr, weights_ptr, source_ptr, value_1D, dot_ptr, key_T == last, col_D, D, SIZE
             )
-            at += S
-        key = tl.load(keys_ptr + at, mask=at < hits, other=-1)
-    return tl.sum(sum_SD, axis=0)
+            sum_D += tl.sum(more_TD, axis=0)
+            at += T
+    return sum_D
 
 
 @triton.jit
@@ -242,7 +266,6 @@ def sum_segments(
     dot_ptr,
     partial_ptr,
     hits,
-    start,
     hit_S,
     key_S,
     order_S,
@@ -255,6 +278,7 @@ def sum_segments(
     D_PAD: tl.constexpr,
     SIZE: tl.constexpr,
     S: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Sums [S, D] of weight * source over the segments that begin in the tile, at own_S; see load_tile."""
     goes_on = tl.max((again_S & (hit_S == last_begin)).to(tl.int32), 0) > 0
@@ -270,12 +294,11 @@ def sum_segments(
             dot_ptr,
             partial_ptr,
             hits,
-            start,
             last_begin,
             D,
             D_PAD,
             SIZE,
-            S,
+            T,
         )
     sum_SD = weighted_sources(order_S, bag_ptr, weights_ptr, source_ptr, value_SD, dot_ptr, own_S, col_D, D, SIZE)
     # The others end in the tile: their second hits at once, then their third ones, and so on.
@@ -307,7 +330,7 @@ def sum_chunks_kernel(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     SIZE: tl.constexpr,
-    S: tl.constexpr,
+    T: tl.constexpr,
 ):
     first = tl.program_id(0) * CHUNKS
     start_C = (first + tl.arange(0, CHUNKS)) * CHUNK
@@ -316,7 +339,7 @@ def sum_chunks_kernel(
     foot_C = tl.load(keys_ptr + start_C + CHUNK - 1, mask=full_C, other=-2)
     if tl.max((head_C == foot_C).to(tl.int32), 0) == 0:
         return
-    lane_S = tl.arange(0, S)
+    lane_T = tl.arange(0, T)
     col_D = tl.arange(0, D_PAD)
     for c in range(CHUNKS):
         chunk = first + c
@@ -324,28 +347,28 @@ def sum_chunks_kernel(
         full = start + CHUNK <= hits
         key = tl.load(keys_ptr + start, mask=full, other=-1)
         if key == tl.load(keys_ptr + start + CHUNK - 1, mask=full, other=-2):
-            take_S = lane_S >= 0
-            sum_SD = tl.zeros([S, D_PAD], tl.float32)
-            value_SD = sum_SD
+            take_T = lane_T >= 0
+            sum_TD = tl.zeros([T, D_PAD], tl.float32)
+            value_TD = sum_TD
             if dot_ptr is not None:
-                value_SD = load_rows(values_ptr, tl.zeros([S], tl.int64) + key.to(tl.int64), take_S, col_D, D)
-            for done in range(0, CHUNK, S):
-                order_S = tl.load(order_ptr + start + done + lane_S)
-                sum_SD += weighted_sources(
-                    order_S, bag_ptr, weights_ptr, source_ptr, value_SD, dot_ptr, take_S, col_D, D, SIZE
+                value_TD = load_rows(values_ptr, tl.zeros([T], tl.int64) + key.to(tl.int64), take_T, col_D, D)
+            for done in range(0, CHUNK, T):
+                order_T = tl.load(order_ptr + start + done + lane_T)
+                sum_TD += weighted_sources(
+                    order_T, bag_ptr, weights_ptr, source_ptr, value_TD, dot_ptr, take_T, col_D, D, SIZE
                 )
-            tl.store(partial_ptr + chunk.to(tl.int64) * D + col_D, tl.sum(sum_SD, axis=0), mask=col_D < D)
+            tl.store(partial_ptr + chunk.to(tl.int64) * D + col_D, tl.sum(sum_TD, axis=0), mask=col_D < D)
 
 
 @triton.jit(do_not_specialize=["hits"])
-def sum_groups_kernel(keys_ptr, partial_ptr, hits, D: tl.constexpr, D_PAD: tl.constexpr, S: tl.constexpr):
+def sum_groups_kernel(keys_ptr, partial_ptr, hits, D: tl.constexpr, D_PAD: tl.constexpr, T: tl.constexpr):
     group = tl.program_id(0)
     key = tl.load(keys_ptr + group * GROUP)
     if key == tl.load(keys_ptr + group * GROUP + GROUP - 1):
         col_D = tl.arange(0, D_PAD)
-        lane_S = tl.arange(0, S)
-        sum_SD = tl.zeros([S, D_PAD], tl.float32)
-        for done in range(0, GROUP // CHUNK, S):
-            sum_SD += load_rows(partial_ptr, group * (GROUP // CHUNK) + done + lane_S, lane_S >= 0, col_D, D)
+        lane_T = tl.arange(0, T)
+        sum_TD = tl.zeros([T, D_PAD], tl.float32)
+        for done in range(0, GROUP // CHUNK, T):
+            sum_TD += load_rows(partial_ptr, group * (GROUP // CHUNK) + done + lane_T, lane_T >= 0, col_D, D)
         to_D = partial_ptr + (hits // CHUNK + group).to(tl.int64) * D + col_D
-        tl.store(to_D, tl.sum(sum_SD, axis=0), mask=col_D < D)
+        tl.store(to_D, tl.sum(sum_TD, axis=0), mask=col_D < D)

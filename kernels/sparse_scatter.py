@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msn_dist.kernels.segments import TileShape, load_rows, load_tile, segments_of, sum_segments
+from msn_dist.kernels.segments import TileShape, find_begins, load_rows, load_tile, next_tile, segments_of, sum_segments
 from msn_dist.kernels.sparse_bags import Bags, as_bags, check_table
 
 SOURCE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,7 +91,7 @@ def _launch(
         return
     segments = segments_of(bags, len(out_RD), source_GD.contiguous(), values_RD, dot_GL, shape, once)
     scatter_sum_kernel[segments.grid](
-        *segments.pointers, values_RD, dot_GL, segments.partial_PD, out_RD, len(bags.rows_H), **segments.constants
+        *segments.pointers, values_RD, dot_GL, segments.partial_PD, out_RD, len(bags.rows_H), **segments.of_tiles
     )
 
 
@@ -111,37 +111,40 @@ def scatter_sum_kernel(
     D_PAD: tl.constexpr,
     SIZE: tl.constexpr,
     S: tl.constexpr,
+    T: tl.constexpr,
 ):
-    start, hit_S, key_S, order_S, own_S, again_S, last_begin = load_tile(keys_ptr, order_ptr, hits, S)
-    if last_begin < 0:
-        return
     col_D = tl.arange(0, D_PAD)
-    value_SD = tl.zeros([S, D_PAD], tl.float32)
-    if dot_ptr is not None:
-        value_SD = load_rows(values_ptr, key_S, own_S, col_D, D)
-    sum_SD = sum_segments(
-        keys_ptr,
-        order_ptr,
-        bag_ptr,
-        weights_ptr,
-        source_ptr,
-        values_ptr,
-        dot_ptr,
-        partial_ptr,
-        hits,
-        start,
-        hit_S,
-        key_S,
-        order_S,
-        own_S,
-        again_S,
-        last_begin,
-        value_SD,
-        col_D,
-        D,
-        D_PAD,
-        SIZE,
-        S,
-    )
-    to_SD = out_ptr + (key_S.to(tl.int64) * D)[:, None] + col_D[None, :]
-    tl.store(to_SD, sum_SD, mask=own_S[:, None] & (col_D < D)[None, :])
+    begin_L = find_begins(keys_ptr, hits)
+    start = next_tile(begin_L, 0, hits, S)
+    while start < hits:
+        hit_S, key_S, order_S, own_S, again_S, last_begin = load_tile(keys_ptr, order_ptr, start, hits, S)
+        value_SD = tl.zeros([S, D_PAD], tl.float32)
+        if dot_ptr is not None:
+            value_SD = load_rows(values_ptr, key_S, own_S, col_D, D)
+        sum_SD = sum_segments(
+            keys_ptr,
+            order_ptr,
+            bag_ptr,
+            weights_ptr,
+            source_ptr,
+            values_ptr,
+            dot_ptr,
+            partial_ptr,
+            hits,
+            hit_S,
+            key_S,
+            order_S,
+            own_S,
+            again_S,
+            last_begin,
+            value_SD,
+            col_D,
+            D,
+            D_PAD,
+            SIZE,
+            S,
+            T,
+        )
+        to_SD = out_ptr + (key_S.to(tl.int64) * D)[:, None] + col_D[None, :]
+        tl.store(to_SD, sum_SD, mask=own_S[:, None] & (col_D < D)[None, :])
+        start = next_tile(begin_L, start + S, hits, S)

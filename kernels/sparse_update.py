@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msn_dist.kernels.segments import TileShape, load_rows, load_tile, segments_of, sum_segments
+from msn_dist.kernels.segments import TileShape, find_begins, load_rows, load_tile, next_tile, segments_of, sum_segments
 from msn_dist.kernels.sparse_bags import as_bags, check_table
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -110,7 +110,7 @@ def sparse_update(
             rounding_seed or 0,
             RULE=type(rule).__name__,
             ROUND=rounding_seed is not None,
-            **segments.constants,
+            **segments.of_tiles,
         )
     return None if dot_H is None else dot_H.view(rows.shape)
 
@@ -203,60 +203,63 @@ def update_rows_kernel(
     D_PAD: tl.constexpr,
     SIZE: tl.constexpr,
     S: tl.constexpr,
+    T: tl.constexpr,
 ):
-    start, hit_S, key_S, order_S, own_S, again_S, last_begin = load_tile(keys_ptr, order_ptr, hits, S)
-    if last_begin < 0:
-        return
     col_D = tl.arange(0, D_PAD)
-    row_S = key_S.to(tl.int64)
-    value_SD = load_rows(values_ptr, row_S, own_S, col_D, D)
-    if moment_ptr is not None:
-        moment_S = tl.load(moment_ptr + row_S, mask=own_S, other=0.0)
-    sum_SD = sum_segments(
-        keys_ptr,
-        order_ptr,
-        bag_ptr,
-        weights_ptr,
-        source_ptr,
-        values_ptr,
-        dot_ptr,
-        partial_ptr,
-        hits,
-        start,
-        hit_S,
-        key_S,
-        order_S,
-        own_S,
-        again_S,
-        last_begin,
-        value_SD,
-        col_D,
-        D,
-        D_PAD,
-        SIZE,
-        S,
-    )
-    mean_square_S = tl.sum(sum_SD * sum_SD, axis=1) / D
-    to_SD = (row_S * D)[:, None] + col_D[None, :]
-    keep_SD = own_S[:, None] & (col_D < D)[None, :]
-    if RULE == "Sgd":
-        change_SD = lr * sum_SD
-    elif RULE == "RowwiseAdagrad":
-        moment_S += mean_square_S
-        change_SD = sum_SD * (lr / (tl.sqrt_rn(moment_S) + eps))[:, None]
-    else:
-        tl.static_assert(RULE == "RowwiseAdam")
-        first_SD = tl.load(first_ptr + to_SD, mask=keep_SD, other=0.0).to(tl.float32)
-        first_SD = beta1 * first_SD + (1 - beta1) * sum_SD
-        moment_S = beta2 * moment_S + (1 - beta2) * mean_square_S
-        change_SD = first_SD * (lr * correction1 / (tl.sqrt_rn(moment_S * correction2) + eps))[:, None]
-    value_SD = value_SD.to(tl.float32) - change_SD
+    begin_L = find_begins(keys_ptr, hits)
+    start = next_tile(begin_L, 0, hits, S)
+    while start < hits:
+        hit_S, key_S, order_S, own_S, again_S, last_begin = load_tile(keys_ptr, order_ptr, start, hits, S)
+        row_S = key_S.to(tl.int64)
+        value_SD = load_rows(values_ptr, row_S, own_S, col_D, D)
+        if moment_ptr is not None:
+            moment_S = tl.load(moment_ptr + row_S, mask=own_S, other=0.0)
+        sum_SD = sum_segments(
+            keys_ptr,
+            order_ptr,
+            bag_ptr,
+            weights_ptr,
+            source_ptr,
+            values_ptr,
+            dot_ptr,
+            partial_ptr,
+            hits,
+            hit_S,
+            key_S,
+            order_S,
+            own_S,
+            again_S,
+            last_begin,
+            value_SD,
+            col_D,
+            D,
+            D_PAD,
+            SIZE,
+            S,
+            T,
+        )
+        mean_square_S = tl.sum(sum_SD * sum_SD, axis=1) / D
+        to_SD = (row_S * D)[:, None] + col_D[None, :]
+        keep_SD = own_S[:, None] & (col_D < D)[None, :]
+        if RULE == "Sgd":
+            change_SD = lr * sum_SD
+        elif RULE == "RowwiseAdagrad":
+            moment_S += mean_square_S
+            change_SD = sum_SD * (lr / (tl.sqrt_rn(moment_S) + eps))[:, None]
+        else:
+            tl.static_assert(RULE == "RowwiseAdam")
+            first_SD = tl.load(first_ptr + to_SD, mask=keep_SD, other=0.0).to(tl.float32)
+            first_SD = beta1 * first_SD + (1 - beta1) * sum_SD
+            moment_S = beta2 * moment_S + (1 - beta2) * mean_square_S
+            change_SD = first_SD * (lr * correction1 / (tl.sqrt_rn(moment_S * correction2) + eps))[:, None]
+        value_SD = value_SD.to(tl.float32) - change_SD
 
-    tl.debug_barrier()  # a row and its moment are read by several threads, and written by one of them
-    if moment_ptr is not None:
-        tl.store(moment_ptr + row_S, moment_S, mask=own_S)
-    if first_ptr is not None:
-        tl.store(first_ptr + to_SD, first_SD.to(first_ptr.dtype.element_ty), mask=keep_SD)
-    if ROUND:
-        value_SD = round_at_random(value_SD, values_ptr.dtype.element_ty, seed, row_S, col_D)
-    tl.store(values_ptr + to_SD, value_SD.to(values_ptr.dtype.element_ty), mask=keep_SD, cache_modifier=".cs")
+        tl.debug_barrier()  # a row and its moment are read by several threads, and written by one of them
+        if moment_ptr is not None:
+            tl.store(moment_ptr + row_S, moment_S, mask=own_S)
+        if first_ptr is not None:
+            tl.store(first_ptr + to_SD, first_SD.to(first_ptr.dtype.element_ty), mask=keep_SD)
+        if ROUND:
+            value_SD = round_at_random(value_SD, values_ptr.dtype.element_ty, seed, row_S, col_D)
+        tl.store(values_ptr + to_SD, value_SD.to(values_ptr.dtype.element_ty), mask=keep_SD, cache_modifier=".cs")
+        start = next_tile(begin_L, start + S, hits, S)

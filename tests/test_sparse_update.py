@@ -169,10 +169,26 @@ def test_the_gradient_of_the_weights_can_be_left_out() -> None:
     assert torch.equal(with_it.values_RD, without.values_RD)
 
 
-@pytest.mark.parametrize("tile", [TileShape(1, 1), TileShape(4, 1), TileShape(16, 2), TileShape(32, 4)])
+@pytest.mark.parametrize(
+    "tile",
+    [
+        TileShape(1, 1),
+        TileShape(1, 8),
+        TileShape(4, 4),
+        TileShape(4, 2),
+        TileShape(16, 32, 2),
+        TileShape(32, 4, 4),
+    ],
+)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_segments_of_many_chunks_are_summed_whole_by_every_tile(tile: TileShape, rows: int) -> None:
     assert_as_naive(case([5] * 21, 4, rows=rows), RULES[1], shape=tile)
+
+
+def test_a_program_without_a_segment_takes_none_of_another() -> None:
+    given = case([69], 4, rows=3)
+    given.rows_H.zero_()[-1] = 2  # in the third program, in a short tile; none begins in the second
+    assert_as_naive(given, RULES[1], shape=TileShape(4, 4))
 
 
 def test_segments_of_every_length_are_summed_whole() -> None:
