@@ -29,8 +29,8 @@ MOST_HITS = 2**31 - 2**20
 
 @dataclass(frozen=True)
 class TileShape:
-    """How launches over sorted hits are cut: hits of a tile, hits of a step where a segment goes on beyond its tile, and
-    warps of a program.  Hits are powers of two up to CHUNK."""
+    """How launches over sorted hits are cut: hits of a tile, hits of a step where a segment goes on beyond its tile,
+    and warps of a program.  Hits are powers of two up to CHUNK."""
 
     hits: int
     step: int
