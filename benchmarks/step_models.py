@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -138,20 +139,20 @@ class Trainee:
 
     def forward(self) -> Tensor:
         """The loss: mean over the batch, and the experts' balance."""
-        with record_function(FORWARD):
+        with named(FORWARD):
             output = self.output()
             labels_B1 = self._labels[self._steps % BATCHES]
             return binary_cross_entropy_with_logits(output.logits_BK, labels_B1) + output.auxiliary
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the dense parameters, and the update of the values."""
-        with record_function(BACKWARD):
+        with named(BACKWARD):
             self.optimizer.zero_grad()
             loss.backward()
 
     def update(self) -> None:
         """AdamW of the dense parameters."""
-        with record_function(DENSE_OPTIMIZER):
+        with named(DENSE_OPTIMIZER):
             self.optimizer.step()
         self._steps += 1
 
@@ -182,12 +183,17 @@ class Trainee:
             layer.compile(backend=backend)
 
 
+def named(name: str) -> AbstractContextManager:
+    """A range while a profiler runs, else nothing: a range takes the host as long as an operator of torch."""
+    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+
+
 def _ranged(name: str, function: Callable) -> Callable:
     """The function inside a named range of the profiler."""
 
     @functools.wraps(function)
     def inside(*args: Any, **kwargs: Any) -> Any:
-        with record_function(name):
+        with named(name):
             return function(*args, **kwargs)
 
     return inside

@@ -89,11 +89,12 @@ def weights_gradient(values_RD: Tensor, rows_H: Tensor, offsets_G1: Tensor, grad
 def gate(x_BTD: Tensor, v_BTD: Tensor, kind: str, dtype: torch.dtype | None = None) -> Tensor:
     """x * f(v), shaped like x, with f = tanh, 1 + tanh, sigmoid or the identity; B samples, T tokens.
 
-    Arithmetic is in the dtype of x, and so is the result unless `dtype` is another.
+    Arithmetic is in float32 at least; the result has the dtype of x unless `dtype` is another.
 
     Raises ValueError for another `kind`.
     """
-    v_BTD = v_BTD.to(x_BTD.dtype)
+    wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    v_BTD = v_BTD.to(wide)
     match kind:
         case "tanh":
             factor_BTD = torch.tanh(v_BTD)
@@ -105,7 +106,7 @@ def gate(x_BTD: Tensor, v_BTD: Tensor, kind: str, dtype: torch.dtype | None = No
             factor_BTD = v_BTD
         case _:
             raise ValueError(f"gate {kind!r} is not one of tanh, one_plus_tanh, sigmoid, linear")
-    return (x_BTD * factor_BTD).to(dtype or x_BTD.dtype)
+    return (x_BTD.to(wide) * factor_BTD).to(dtype or x_BTD.dtype)
 
 
 def mean_square(gradient_RD: Tensor) -> Tensor:

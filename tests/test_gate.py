@@ -54,6 +54,13 @@ def assert_exact(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_plain_formula_rounds_once(kind: str, dtype: torch.dtype) -> None:
+    x, v, _ = operands((20, 7, 33), dtype, dtype)
+    assert torch.equal(reference.gate(x, v, kind), reference.gate(x.float(), v.float(), kind).to(dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("x_dtype", "v_dtype"), [*product(TYPES, TYPES)])
 def test_every_kind_and_pair_of_dtypes_equals_the_formula(
     kind: str, x_dtype: torch.dtype, v_dtype: torch.dtype

@@ -213,6 +213,28 @@ def test_a_memory_made_on_the_meta_device_starts_as_any_other() -> None:
     assert torch.equal(memory(x_BTD), expected(x_BTD))
 
 
+def test_under_autocast_queries_and_gate_share_one_copy_of_the_tokens() -> None:
+    torch.manual_seed(0)
+    memory = Memory(MemoryConfig(sub_keys=8, top_k=4, key_dim=4), tokens=2, width=8, seed=0)
+    x_BTD = torch.randn(50, 2, 8, requires_grad=True)
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        with torch.autocast("cpu", torch.bfloat16):
+            found_BTD = memory(x_BTD)
+    assert x_BTD.data_ptr() not in kept
+    assert sum(x.numel() == x_BTD.numel() and x.dtype == torch.bfloat16 for x in kept.values()) == 1
+    with torch.autocast("cpu", torch.bfloat16):  # each with a copy of its own
+        expected_BTD = memory.gate(x_BTD, memory.values(*memory.retrieve(x_BTD)).unflatten(0, (50, 2)))
+    g_BTD = torch.randn(50, 2, 8).bfloat16()
+    for found, expected in zip(
+        (found_BTD, *torch.autograd.grad(found_BTD, x_BTD, g_BTD)),
+        (expected_BTD, *torch.autograd.grad(expected_BTD, x_BTD, g_BTD)),
+        strict=True,
+    ):
+        assert found.dtype == expected.dtype
+        assert (found - expected).norm() < 0.01 * expected.norm()
+
+
 def test_values_of_a_width_that_no_lookup_takes_are_refused() -> None:
     with pytest.raises(InputError, match="width 18 are not a multiple of 4"):
         Memory(MemoryConfig(sub_keys=8, top_k=4), tokens=2, width=18, seed=0)

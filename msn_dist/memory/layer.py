@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from msn_dist.config import MemoryConfig
 from msn_dist.errors import InputError
+from msn_dist.memory.autocast import autocast_dtype
 from msn_dist.memory.gate import Gate
 from msn_dist.memory.product_keys import ProductKeys
 from msn_dist.memory.values import VALUE_DTYPES, MemoryValues, ValueSharding
@@ -51,6 +52,9 @@ class Memory(nn.Module):
         self.chunks = config.chunks
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """The gated tokens, shaped like x_BTD and typed as it, or as autocast types products."""
+        # once for queries and gate, and their gradients are added up before they are widened
+        x_BTD = x_BTD.to(autocast_dtype(x_BTD.device.type) or x_BTD.dtype)
         if self.chunks == 1:
             pooled_MV = self.values(*self.retrieve(x_BTD))
         else:  # by rows of the batch: the messages of one chunk travel while the next one is retrieved
