@@ -32,10 +32,9 @@ class NaiveMemory(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         keys, k = self.memory.keys, self.top_k
-        row_BTHK, i_BTHK = keys.row(x_BTD).topk(k)
-        col_BTHK, j_BTHK = keys.col(x_BTD).topk(k)
+        (row_BTHK, i_BTHK), (col_BTHK, j_BTHK) = (scores_BTHN.topk(k) for scores_BTHN in keys.scores(x_BTD))
         pairs_BTHP = (row_BTHK[..., :, None] + col_BTHK[..., None, :]).flatten(3)
-        slots_BTHP = (i_BTHK[..., :, None] * keys.row.codes_HNE.shape[1] + j_BTHK[..., None, :]).flatten(3)
+        slots_BTHP = (i_BTHK[..., :, None] * keys.codes_AHNE.shape[2] + j_BTHK[..., None, :]).flatten(3)
         best_BTHK, chosen_BTHK = pairs_BTHP.topk(k)
         slots_BTHK = slots_BTHP.gather(3, chosen_BTHK)
         table = self.memory.values

@@ -171,16 +171,16 @@ def test_slots_keep_value_state_and_position_and_new_ones_are_copies(name: str, 
 def test_old_sub_keys_stay_and_new_ones_are_close_to_their_parents(name: str, on_one) -> None:
     case, old, new = CASES[name], checkpoint_of(CASES[name]), on_one[name]
     noises = []
-    for path in (f"layers.{layer}.memory.keys.{axis}" for layer in (0, 2) for axis in ("row", "col")):
-        codes, keys = f"model.{path}.codes_HNE", []
-        assert torch.equal(new[codes][:, :OLD], old[codes])
+    for path in (f"layers.{layer}.memory.keys" for layer in (0, 2)):
+        codes, keys = f"model.{path}.codes_AHNE", []
+        assert torch.equal(new[codes][:, :, :OLD], old[codes])
         for state in (old, new):  # before LayerNorm
-            mixing = state[f"model.{path}.theta"] if case.theta == "mix" else torch.eye(state[codes].shape[1])
+            mixing = state[f"model.{path}.theta"] if case.theta == "mix" else torch.eye(state[codes].shape[2])
             keys.append(mixing @ state[codes])
         before, after = keys
-        torch.testing.assert_close(after[:, :OLD], before)
-        parent = before[:, parents(case.new)[OLD:]]
-        noises.append((after[:, OLD:] - parent) / parent.square().mean(-1, keepdim=True).sqrt())
+        torch.testing.assert_close(after[:, :, :OLD], before)
+        parent = before[:, :, parents(case.new)[OLD:]]
+        noises.append((after[:, :, OLD:] - parent) / parent.square().mean(-1, keepdim=True).sqrt())
     noise = torch.stack(noises)
     assert noise.square().mean().sqrt() == pytest.approx(growth.NOISE, rel=0.3)
     assert len(noise.flatten().unique()) == noise.numel(), "every new sub-key of every memory has its own"
@@ -191,7 +191,7 @@ def test_the_state_of_keys_grows_by_zeros_and_all_else_is_unchanged(name: str, o
     case, old, new = CASES[name], checkpoint_of(CASES[name]), on_one[name]
     assert new.keys() == old.keys()
     changed = {key for key in old if old[key].shape != new[key].shape or not torch.equal(old[key], new[key])}
-    grows = ["codes_HNE", "memory.values.weight"] + ["theta"] * (case.theta == "mix")
+    grows = ["codes_AHNE", "memory.values.weight"] + ["theta"] * (case.theta == "mix")
     assert changed == {key for key in old if any(part in key for part in grows) and not key.endswith("step")}
     for key in changed:
         if key.startswith("dense_optimizer"):
@@ -266,14 +266,14 @@ def test_a_run_starts_where_another_was_best_at_any_world_size(folder: Path, on_
         (
             {"memory": MEMORY | {"sub_keys": 13, "key_dim": 4}},
             "{run}/checkpoint: is of another model; only memory.sub_keys may be larger than there: "
-            "backbone.layers.0.memory.keys.col.codes_HNE is (2, 13, 8) there and (2, 13, 4) here, ",
+            "backbone.layers.0.memory.keys.codes_AHNE is (2, 2, 13, 8) there and (2, 2, 13, 4) here, ",
         ),
         (
             {"optimizer": {"values": {"kind": "sgd"}}},
             "optimizer.values.kind=sgd: {run} has the state of rowwise_adagrad; "
             "set optimizer.values.kind=rowwise_adagrad",
         ),
-        ({"memory": MEMORY | {"theta": "none"}}, "keys.col.theta is (2, 8, 8) there and missing here, "),
+        ({"memory": MEMORY | {"theta": "none"}}, "keys.theta is (2, 2, 8, 8) there and missing here, "),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused_and_leaves_no_folder(

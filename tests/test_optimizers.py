@@ -45,5 +45,5 @@ def test_biases_norms_and_memory_keys_do_not_decay_and_a_rank_without_id_tables_
     names = {parameter: name for name, parameter in ranker.named_parameters()}
     decaying = {names[p] for group in optimizers.dense.param_groups if group["weight_decay"] for p in group["params"]}
     kinds = {name.rsplit(".", 1)[-1] for name in decaying}
-    assert kinds == {"weight", "weight_TIO"}
+    assert kinds == {"weight", "weight_TIO", "query_XD"}
     assert not {name for name in decaying if "norm" in name}

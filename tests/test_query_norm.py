@@ -211,8 +211,8 @@ def test_product_keys_with_the_kernel_learn_as_by_the_formula(
         else:
             results.append([])
         loss.backward()
-        modules = keys.row.query_norm, keys.col.query_norm, keys.row.query, keys.col.query
-        results[-1] += [row_BTHE, col_BTHE, x_BTD.grad, *(p.grad for module in modules for p in module.parameters())]
+        learnt = keys.query_XD, *keys.query_norm.parameters()
+        results[-1] += [row_BTHE, col_BTHE, x_BTD.grad, *(parameter.grad for parameter in learnt)]
     error = 0.05 if autocast else 1e-5
     for one, other in zip(*results, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
@@ -223,9 +223,8 @@ def test_product_keys_of_torch_and_of_the_kernel_are_the_same_model(monkeypatch:
     """Without autocast, where a CPU does what a GPU does."""
     torch.manual_seed(0)
     keys = ProductKeys(MemoryConfig(sub_keys=9, top_k=4, heads=2, key_dim=20), width=16).to(DEVICE)
-    for norm in (keys.row.query_norm, keys.col.query_norm):
-        torch.nn.init.normal_(norm.weight)
-        torch.nn.init.normal_(norm.bias)
+    for parameter in keys.query_norm.parameters():
+        torch.nn.init.normal_(parameter)
     x_BTD = torch.randn(6, 2, 16, device=DEVICE)
     monkeypatch.setattr(ProductKeys, "fused_norm", lambda self, both_BTX: None)
     expected = *keys.queries(x_BTD, torch.float32), *keys(x_BTD)

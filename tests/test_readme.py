@@ -26,7 +26,7 @@ def example(rank: int, world: int) -> tuple[int, bool]:
     rows = 3 + rank
     kjt = KeyedJaggedTensor(keys=features, values=torch.arange(4 * rows), lengths=torch.ones(4 * rows).long())
     model(kjt).sum().backward()
-    queries = model.module.memory.keys.row.query.weight.grad
+    queries = model.module.memory.keys.query_XD.grad
     return model.module.memory.values.health().hits, bool(queries.any())
 
 

@@ -5,12 +5,16 @@ s_row[I] + s_col[J], so its top-k comes from the top-k of each axis, at a cost o
 
 The search itself has two back ends that are given the same operands: `kernels.reference`, and Triton kernels.
 
-Shape suffixes: B samples, T tokens, D model width, H heads, E key width of one half (d_k),
-N sub-keys per axis, K slots read, M = B * T queries of a head, A = 2 axes, X = H * E of one axis or of both.
+Row and column have queries, sub-keys and norms of their own, in one tensor each: every operator of a step, and every
+parameter, costs the host of a GPU as long as a small kernel takes.
+
+Shape suffixes: B samples, T tokens, D model width, H heads, E key width of one half (d_k), N sub-keys per axis,
+K slots read, M = B * T queries of a head, A = 2 axes (row, column), X = A * H * E.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,97 +28,106 @@ from msn_dist.kernels.support import interpreted, why_no_triton
 from msn_dist.memory.autocast import autocast_dtype
 
 
-class KeyAxis(nn.Module):
-    """Queries and the N sub-keys of one axis, which score
+class AxisNorm(nn.Module):
+    """LayerNorm over E, with a gamma and a beta for each axis."""
 
-    s = LN(W x) . LN(Theta C)^T * tau.  The codes C over-parameterize the keys: through Theta,
+    eps = 1e-5
+
+    def __init__(self, key_dim: int) -> None:
+        super().__init__()
+        self.gamma_AE = nn.Parameter(torch.empty(2, key_dim))
+        self.beta_AE = nn.Parameter(torch.empty(2, key_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gamma_AE)
+        nn.init.zeros_(self.beta_AE)
+
+    def forward(self, x: Tensor, between: int) -> Tensor:
+        """x of shape [..., A, (`between` dimensions), E], normalised."""
+        shape = 2, *[1] * between, -1
+        xhat = functional.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return torch.addcmul(self.beta_AE.view(shape), xhat, self.gamma_AE.view(shape))
+
+
+class ProductKeys(nn.Module):
+    """The retrieval: tokens -> slots and weights.
+
+    The score of a sub-key is s = LN(W x) . LN(Theta C)^T * tau.  The codes C over-parameterize the keys: through Theta,
     sub-keys that no query selected still move (as in SimVQ), which keeps the memory in use.
     """
 
     def __init__(self, config: MemoryConfig, width: int) -> None:
         super().__init__()
-        heads, sub_keys, key_dim = config.heads, config.sub_keys, config.key_dim
-        self.tau = config.tau if config.tau is not None else key_dim**-0.5
-        self.heads = heads
-        self.query = nn.Linear(width, heads * key_dim, bias=False)
-        self.codes_HNE = nn.Parameter(torch.empty(heads, sub_keys, key_dim))
+        self.top_k, self.heads = config.top_k, config.heads
+        self.retrieval = config.retrieval
+        self.tau = config.tau if config.tau is not None else config.key_dim**-0.5
+        self.query_XD = nn.Parameter(torch.empty(2 * config.heads * config.key_dim, width))
+        self.codes_AHNE = nn.Parameter(torch.empty(2, config.heads, config.sub_keys, config.key_dim))
         self.mix = config.theta == "mix"
-        mixed = sub_keys if self.mix else key_dim
-        theta = None if config.theta == "none" else nn.Parameter(torch.empty(heads, mixed, mixed))
+        mixed = config.sub_keys if self.mix else config.key_dim
+        theta = None if config.theta == "none" else nn.Parameter(torch.empty(2, config.heads, mixed, mixed))
         self.register_parameter("theta", theta)
-        self.query_norm = nn.LayerNorm(key_dim) if config.layer_norm else nn.Identity()
-        self.key_norm = nn.LayerNorm(key_dim) if config.layer_norm else nn.Identity()
+        self.query_norm = AxisNorm(config.key_dim) if config.layer_norm else None
+        self.key_norm = AxisNorm(config.key_dim) if config.layer_norm else None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Normal codes, Theta = 1: the keys start as their codes."""
-        nn.init.normal_(self.codes_HNE)
+        """W as that of nn.Linear, normal codes, Theta = 1: the keys start as their codes."""
+        for query_XD, codes_HNE in zip(self.query_XD.chunk(2), self.codes_AHNE, strict=True):
+            nn.init.kaiming_uniform_(query_XD, a=math.sqrt(5))
+            nn.init.normal_(codes_HNE)
         if self.theta is not None:
             self.theta.copy_(torch.eye(self.theta.shape[-1]))
 
     def keys(self) -> Tensor:
-        """keys_HNE: the same for every row, so computed once per step and constant when serving."""
-        keys_HNE = self.codes_HNE
+        """keys_AHNE: the same for every row, so computed once per step and constant when serving."""
+        keys_AHNE = self.codes_AHNE
         if self.theta is not None:
-            keys_HNE = self.theta @ keys_HNE if self.mix else keys_HNE @ self.theta.transpose(1, 2)
-        return self.key_norm(keys_HNE)
-
-    def queries(self, projected_BTX: Tensor) -> Tensor:
-        """queries_BTHE = LN(W x), from W x for all heads side by side."""
-        return self.query_norm(projected_BTX.unflatten(-1, (self.heads, self.codes_HNE.shape[2])))
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """scores_BTHN in float32 at least, as the formula says; a retrieval does not build them by this."""
-        queries_BTHE = self.queries(self.query(x_BTD))
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            keys_HNE = self.keys()
-            dtype = torch.promote_types(keys_HNE.dtype, torch.float32)
-            return torch.einsum("bthe,hne->bthn", queries_BTHE.to(dtype), keys_HNE.to(dtype)) * self.tau
-
-
-class ProductKeys(nn.Module):
-    """The retrieval: tokens -> slots and weights."""
-
-    def __init__(self, config: MemoryConfig, width: int) -> None:
-        super().__init__()
-        self.top_k = config.top_k
-        self.retrieval = config.retrieval
-        self.row = KeyAxis(config, width)
-        self.col = KeyAxis(config, width)
+            keys_AHNE = self.theta @ keys_AHNE if self.mix else keys_AHNE @ self.theta.transpose(-1, -2)
+        return keys_AHNE if self.key_norm is None else self.key_norm(keys_AHNE, between=2)
 
     def queries(self, x_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """queries_BTHE of the row and of the column axis, in `dtype`.
-
-        Both projections are one product: x is read and cast once, and its gradient comes out of one product too.
-        """
-        weights_XD = torch.cat([self.row.query.weight, self.col.query.weight])
-        both_BTX = functional.linear(x_BTD, weights_XD)
+        """queries_BTHE = LN(W x) of the row and of the column axis, in `dtype`."""
+        both_BTX = functional.linear(x_BTD, self.query_XD)
         fused = self.fused_norm(both_BTX)
         if fused is None:
-            row_BTX, col_BTX = both_BTX.chunk(2, dim=-1)
-            return self.row.queries(row_BTX).to(dtype), self.col.queries(col_BTX).to(dtype)
-        norms = self.row.query_norm, self.col.query_norm
-        gamma_AE, beta_AE = (torch.stack([getattr(norm, name) for norm in norms]) for name in ("weight", "bias"))
-        row_MHE, col_MHE = fused(both_BTX.flatten(0, 1), gamma_AE, beta_AE, norms[0].eps, dtype)
+            both_BTAHE = both_BTX.unflatten(-1, (2, self.heads, -1))
+            if self.query_norm is not None:
+                both_BTAHE = self.query_norm(both_BTAHE, between=1)
+            return both_BTAHE.to(dtype).unbind(2)
+        norm = self.query_norm
+        row_MHE, col_MHE = fused(both_BTX.flatten(0, 1), norm.gamma_AE, norm.beta_AE, norm.eps, dtype)
         return row_MHE.unflatten(0, x_BTD.shape[:2]), col_MHE.unflatten(0, x_BTD.shape[:2])
+
+    def scores(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """scores_BTHN of either axis in float32 at least, by the formula: the truth, which a retrieval never builds."""
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        queries = self.queries(x_BTD, dtype)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            row_BTHN, col_BTHN = (
+                torch.einsum("bthe,hne->bthn", queries_BTHE, keys_HNE.to(dtype)) * self.tau
+                for queries_BTHE, keys_HNE in zip(queries, self.keys(), strict=True)
+            )
+        return row_BTHN, col_BTHN
 
     def fused_norm(self, both_BTX: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
         """`kernels.query_norm.query_norm` on a GPU that the kernels run on, else None: LayerNorm by torch."""
-        norm = self.row.query_norm
+        norm = self.query_norm
         # compiled, the plain formula becomes one kernel by itself; the kernels have no float64
         plain = torch.compiler.is_compiling() or not both_BTX.is_cuda or both_BTX.dtype == torch.float64
-        if plain or isinstance(norm, nn.Identity) or norm.weight.dtype != torch.float32:
+        if plain or norm is None or norm.gamma_AE.dtype != torch.float32:
             return None
         if interpreted() or why_no_triton(both_BTX.device):
             return None
         from msn_dist.kernels.query_norm import query_norm
 
-        return query_norm if norm.weight.numel() <= sizes.NORM_WIDTH else None
+        return query_norm if norm.gamma_AE.shape[1] <= sizes.NORM_WIDTH else None
 
     def back_end(self, device: torch.device) -> str:
         """What `choose_retrieval` makes of the configuration."""
-        return choose_retrieval(self.retrieval, device.type, self.top_k, *self.row.codes_HNE.shape[1:])
+        return choose_retrieval(self.retrieval, device.type, self.top_k, *self.codes_AHNE.shape[2:])
 
     def search(self, back_end: str) -> Callable[..., tuple[Tensor, Tensor]]:
         """`kernels.reference.retrieve`, or the same by the kernels."""
@@ -137,8 +150,8 @@ class ProductKeys(nn.Module):
         dtype = autocast_dtype(device) or exact
         queries = (queries_BTHE.flatten(0, 1) for queries_BTHE in self.queries(x_BTD, dtype))
         with torch.autocast(device, enabled=False):  # keys are few: casts would cost more than products of 32 bits
-            keys = self.row.keys().to(dtype), self.col.keys().to(dtype)
-            slots_MHK, weights_MHK = self.search(back_end)(*queries, *keys, self.top_k, self.row.tau)
+            row_HNE, col_HNE = self.keys().to(dtype)
+            slots_MHK, weights_MHK = self.search(back_end)(*queries, row_HNE, col_HNE, self.top_k, self.tau)
         shape_BT = x_BTD.shape[:2]
         return slots_MHK.unflatten(0, shape_BT), weights_MHK.unflatten(0, shape_BT)
 

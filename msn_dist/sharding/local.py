@@ -18,9 +18,12 @@ from msn_dist.sharding.sharded_values import ExchangeContext
 class Local(RowSharded):
     """No owners to sort by, no messages, and no counts that the host must wait for."""
 
+    def forward(self, slots_ML: Tensor, weights_ML: Tensor) -> Tensor:
+        """The three phases at once: awaitables take the host as long as the look-up."""
+        return self.compute(self.create_context(), self._hits(slots_ML, weights_ML))
+
     def input_dist(self, ctx: ExchangeContext, slots_ML: Tensor, weights_ML: Tensor) -> Awaitable[Awaitable[Hits]]:
-        row_H = self.placement.row_of(slots_ML).flatten().to(self.row_dtype)
-        return NoWait(NoWait(Hits.uniform(row_H, weights_ML.flatten().to(torch.float32), size=slots_ML.shape[1])))
+        return NoWait(NoWait(self._hits(slots_ML, weights_ML)))
 
     def looked_up_dtype(self, device_type: str) -> torch.dtype:
         """What is looked up is the sum."""
@@ -28,3 +31,7 @@ class Local(RowSharded):
 
     def output_dist(self, ctx: ExchangeContext, output: Tensor) -> LazyAwaitable[Tensor]:
         return LazyNoWait(output)
+
+    def _hits(self, slots_ML: Tensor, weights_ML: Tensor) -> Hits:
+        row_H = self.placement.row_of(slots_ML).flatten().to(self.row_dtype)
+        return Hits.uniform(row_H, weights_ML.flatten().to(torch.float32), size=slots_ML.shape[1])

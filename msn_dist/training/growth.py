@@ -8,8 +8,8 @@ copies were exact, (N' / N)^2 times the top_k would give the same output; with f
 No model is built.  Tables are read by blocks of rows, whatever strategy and world size wrote them, and each row is sent
 to the ranks that will write it and its copies; the rest is copied as it is.
 
-Shape suffixes: H heads, N sub-keys an axis, E key width, R rows on this rank, C rows of a chunk, S those to be sent,
-W ranks; X stands for the columns of a table, or for nothing.
+Shape suffixes: A = 2 axes, H heads, N sub-keys an axis, E key width, R rows on this rank, C rows of a chunk, S those to
+be sent, W ranks; X stands for the columns of a table, or for nothing.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def grow(
             case "values", _:
                 new[name] = _spread(old[name], shapes[name], memory.sub_keys, sub_keys, ranks)
             case "codes", True:
-                theta = name.replace("codes_HNE", "theta")
-                keys_HNE = old[theta] @ old[name] if part_of.get(theta) == "theta" else old[name]
-                new[name] = _with_children(old[name], keys_HNE, sub_keys, noise, generator)
+                theta = name.replace("codes_AHNE", "theta")
+                keys_AHNE = old[theta] @ old[name] if part_of.get(theta) == "theta" else old[name]
+                new[name] = _with_children(old[name], keys_AHNE, sub_keys, noise, generator)
             case "theta", True:  # new sub-keys mix with nothing
                 new[name] = _padded(old[name], shapes[name])
-                new[name].diagonal(dim1=1, dim2=2)[:, memory.sub_keys :] = 1
+                new[name].diagonal(dim1=2, dim2=3)[..., memory.sub_keys :] = 1
             case "codes" | "theta", False:  # AdamW's moments
                 new[name] = _padded(old[name], shapes[name])
             case _:
@@ -92,38 +92,38 @@ def grown_shapes(shapes: Mapping[str, torch.Size], memory: MemoryConfig, sub_key
     """The shapes of a checkpoint's tensors after `grow`."""
     grown = dict(shapes)
     for name, part in _memory_parts(shapes, memory).items():
-        first, *rest = shapes[name]
+        shape = shapes[name]
         match part:
             case "codes":
-                grown[name] = torch.Size([first, sub_keys, rest[1]])
+                grown[name] = torch.Size([*shape[:2], sub_keys, shape[3]])
             case "theta":
-                grown[name] = torch.Size([first, sub_keys, sub_keys])
+                grown[name] = torch.Size([*shape[:2], sub_keys, sub_keys])
             case "values":  # one table for all groups of tokens
-                grown[name] = torch.Size([first // memory.sub_keys**2 * sub_keys**2, *rest])
+                grown[name] = torch.Size([shape[0] // memory.sub_keys**2 * sub_keys**2, *shape[1:]])
     return grown
 
 
 def _memory_parts(shapes: Mapping[str, torch.Size], memory: MemoryConfig) -> dict[str, str]:
     """Which tensors grow, the optimizers' included: "codes", "theta" (if it mixes sub-keys) or "values" by name."""
-    memories = [match[1] for name in shapes if (match := re.fullmatch(r"model\.(.+)\.keys\.row\.codes_HNE", name))]
+    memories = [match[1] for name in shapes if (match := re.fullmatch(r"model\.(.+)\.keys\.codes_AHNE", name))]
     theta = "theta" if memory.theta == "mix" else "(?!)"
     pattern = re.compile(
         rf"(?:model|\w+_optimizer\.state)\.(?:{'|'.join(map(re.escape, memories))})\."
-        rf"(?:(?P<values>values\.weight)|keys\.(?:row|col)\.(?:(?P<codes>codes_HNE)|(?P<theta>{theta})))(?:\..+)?"
+        rf"(?:(?P<values>values\.weight)|keys\.(?:(?P<codes>codes_AHNE)|(?P<theta>{theta})))(?:\..+)?"
     )
     matches = {name: pattern.fullmatch(name) for name, shape in shapes.items() if shape}  # AdamW's step has no shape
     return {name: match.lastgroup for name, match in matches.items() if match}
 
 
 def _with_children(
-    codes_HNE: Tensor, keys_HNE: Tensor, sub_keys: int, noise: float, generator: torch.Generator
+    codes_AHNE: Tensor, keys_AHNE: Tensor, sub_keys: int, noise: float, generator: torch.Generator
 ) -> Tensor:
     """The codes, and new ones: those of the parents' keys and noise."""
-    old = codes_HNE.shape[1]
-    children_HNE = keys_HNE[:, torch.arange(old, sub_keys) % old]
-    scale_HN1 = children_HNE.square().mean(-1, keepdim=True).sqrt()
-    noise_HNE = torch.randn(children_HNE.shape, generator=generator, dtype=codes_HNE.dtype)
-    return torch.cat([codes_HNE, children_HNE + noise * scale_HN1 * noise_HNE], dim=1)
+    old = codes_AHNE.shape[2]
+    children_AHNE = keys_AHNE[:, :, torch.arange(old, sub_keys) % old]
+    scale_AHN1 = children_AHNE.square().mean(-1, keepdim=True).sqrt()
+    noise_AHNE = torch.randn(children_AHNE.shape, generator=generator, dtype=codes_AHNE.dtype)
+    return torch.cat([codes_AHNE, children_AHNE + noise * scale_AHN1 * noise_AHNE], dim=2)
 
 
 def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:

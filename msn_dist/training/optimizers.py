@@ -105,4 +105,4 @@ class Optimizers:
 
 def _decays(name: str, parameter: torch.Tensor) -> bool:
     """Matrices decay; biases and norms do not, nor do memory keys, whose scale a norm takes out again."""
-    return parameter.ndim > 1 and not name.rsplit(".", 1)[-1].startswith(("bias", "codes", "theta"))
+    return parameter.ndim > 1 and not name.rsplit(".", 1)[-1].startswith(("bias", "gamma", "beta", "codes", "theta"))
