@@ -112,7 +112,7 @@ def test_a_run_tells_how_its_steps_compare_with_the_plan(run: tuple[str, RunDire
     ("arguments", "message"),
     [
         (["--plan", "plan.json"], "this run has 1 rank"),
-        (["--plan", "plan.json", "memory.top_k=3"], "memory.top_k=4, and the config has 3"),
+        (["--plan", "plan.json", "memory.top_k=3"], "memory.top_k=4, and this run has 3"),
     ],
 )
 def test_a_plan_that_is_not_of_this_run_is_refused(

@@ -116,10 +116,10 @@ def test_groups_of_nodes_are_not_named() -> None:
 
 def test_a_run_by_the_plan_has_its_groups_and_plans_without_the_key_have_nodes(slow_inside, tmp_path: Path) -> None:
     here, found = slow_inside
-    trained = found.applied_to(here.config).memory
+    trained = found.applied_to(here.config, here.schema).memory
     assert (trained.strategy, trained.group_ranks) == ("two_level", 16)
     named = here.config.memory.model_copy(update={"strategy": "two_level", "group_ranks": 4})
-    assert found.applied_to(here.config.model_copy(update={"memory": named})).memory.group_ranks == 16
+    assert found.applied_to(here.config.model_copy(update={"memory": named}), here.schema).memory.group_ranks == 16
     write_plan(found, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == found
     text = (tmp_path / "plan.json").read_text()
@@ -127,11 +127,11 @@ def test_a_run_by_the_plan_has_its_groups_and_plans_without_the_key_have_nodes(s
     (tmp_path / "old.json").write_text(text.replace(',\n  "group_ranks": 16', ""))
     old = load_plan(tmp_path / "old.json")
     assert old.memory.group_ranks is None
-    assert old.applied_to(here.config.model_copy(update={"memory": named})).memory.group_ranks is None
+    assert old.applied_to(here.config.model_copy(update={"memory": named}), here.schema).memory.group_ranks is None
     with pytest.raises(InputError, match="the plan's memory: group_ranks=16 is set, and strategy: column"):
         broken = text.replace('"strategy": "two_level"', '"strategy": "column"')
         (tmp_path / "broken.json").write_text(broken)
-        load_plan(tmp_path / "broken.json").applied_to(here.config)
+        load_plan(tmp_path / "broken.json").applied_to(here.config, here.schema)
 
 
 @pytest.mark.parametrize("wire", ["fp32", "int8"])

@@ -138,7 +138,7 @@ def test_the_host_tier_is_chosen_where_the_device_is_too_small_and_the_reason_sa
     assert found.host_capacity == 1000 * GIB
     write_plan(found, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == found
-    config = found.applied_to(here.config)
+    config = found.applied_to(here.config, here.schema)
     assert (config.memory.tier, here.config.memory.tier) == ("host", "device")
     text = printed(found)
     assert max(map(len, text.splitlines())) <= WIDTH
@@ -243,5 +243,5 @@ def test_a_plan_for_the_host_tier_is_refused_where_the_config_has_changed() -> N
     here = with_host(situation(1, 1, **LARGE))
     found = planned(here)
     smaller = here.config.memory.model_copy(update={"cache": 0.01})
-    with pytest.raises(InputError, match="memory.cache=0.1, and the config has 0.01"):
-        found.applied_to(here.config.model_copy(update={"memory": smaller}))
+    with pytest.raises(InputError, match="memory.cache=0.1, and this run has 0.01"):
+        found.applied_to(here.config.model_copy(update={"memory": smaller}), here.schema)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,10 @@ from msn_dist.config import (
     TrainingConfig,
     ValueOptimizerConfig,
 )
-from msn_dist.data.schema import Schema
+from msn_dist.data.schema import History, Schema
 from msn_dist.errors import InputError
 from msn_dist.planner import tuning
-from msn_dist.planner.cost import message_seconds
+from msn_dist.planner.cost import message_seconds, operator_seconds
 from msn_dist.planner.home_work import HomeWork
 from msn_dist.planner.id_tables import NoRoom
 from msn_dist.planner.load import Message
@@ -69,6 +70,23 @@ def test_a_curve_is_straight_on_logarithmic_axes_and_constant_beyond_its_points(
     curve = Curve(points=[[10, 100], [1000, 1]], source="measured")
     assert curve.at(100) == pytest.approx(10)
     assert [curve.at(1), curve.at(10), curve.at(1000), curve.at(1e9)] == [100, 100, 1, 1]
+    assert [curve.of_work(1), curve.of_work(1000), curve.of_work(4000)] == [100, 1, 0.25]
+
+
+def test_rows_wider_than_were_measured_take_as_long_as_their_bytes() -> None:
+    machine = load_machine("h200")
+    widest = machine.row_update.points[-1][0]
+    for seconds in (machine.read_seconds, machine.update_seconds):
+        assert seconds(2**20, 2**20, 4 * widest) == pytest.approx(4 * seconds(2**20, 2**20, widest))
+
+
+def test_retrieval_among_twice_the_sub_keys_that_were_measured_takes_twice_as_long() -> None:
+    measured, beyond = (
+        next(op for op in Search(situation(1, 8, sub_keys=sub_keys)).trace.ops if op.name == "retrieve")
+        for sub_keys in (32_768, 65_536)
+    )
+    machine = load_machine("h200")
+    assert operator_seconds(beyond, machine) == pytest.approx(2 * operator_seconds(measured, machine))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -195,8 +213,8 @@ def test_the_values_optimizer_is_priced_with_its_state() -> None:
         next(phase.seconds for phase in found.phases if phase.name == "update") for found in planned.values()
     )
     assert sgd == adagrad < adam
-    with pytest.raises(InputError, match="optimizer.values.kind='sgd', and the config has 'rowwise_adagrad'; plan"):
-        planned["sgd"].applied_to(here.config)
+    with pytest.raises(InputError, match="optimizer.values.kind='sgd', and this run has 'rowwise_adagrad'; plan"):
+        planned["sgd"].applied_to(here.config, here.schema)
 
 
 def test_on_a_cpu_row_wise_adam_is_planned_with_the_look_up_that_has_it() -> None:
@@ -281,6 +299,56 @@ def test_a_profile_of_other_ranks_is_refused_on_a_cpu() -> None:
         Situation(here.config, SCHEMA, here.topology, Machine.model_validate(tree))
 
 
+@pytest.mark.parametrize(
+    ("here", "sub_keys"),
+    [
+        (situation(1, 2, rows=64, gib=0.55), (2, 1)),  # the first has no room for id tables, nor without them
+        (situation(8, 8, rows=64, sub_keys=2048, gib=0.46), (1, 2)),  # whole tables leave room for the first alone
+    ],
+)
+def test_each_candidate_has_its_id_tables_in_room_of_its_own(
+    here: Situation, sub_keys: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_SCALES", {name: (1,) for name in tuning._SCALES} | {"sub_keys": sub_keys})
+    (found,) = tune(here, most_seconds=None, rounding=False, say=lambda line: None)
+    alone = Search(found.situation).fastest()
+    assert found.situation.memory.sub_keys == here.memory.sub_keys * sub_keys[1]
+    assert found.priced.storage_W == alone.storage_W and alone.fullest < alone.capacity
+    assert sum(storage.kinds["id_tables"] for storage in alone.storage_W) == 5_900_024 * 64
+
+
+def test_tuning_leaves_out_what_training_would_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_SCALES", {name: (1,) for name in tuning._SCALES} | {"rows": (0.5, 1)})
+    here = situation(1, 2, rows=4, sub_keys=64, lookup="fbgemm", chunks=4)
+    (found,) = tune(here, most_seconds=None, rounding=True, say=lambda line: None)
+    assert (found.situation.memory.value_dtype, found.situation.rows) == ("fp32", 4)
+
+
+def test_what_fbgemm_cannot_train_is_no_way_out() -> None:
+    found = plan(situation(1, 2, rows=64, sub_keys=4096, gib=2, lookup="fbgemm"), rounding=False, date="2026-01-01")
+    assert isinstance(found, Infeasible)
+    assert "memory.sub_keys=2048" in str(found) and "bf16" not in str(found)
+
+
+def test_more_nodes_are_spoken_of_where_there_may_be_some() -> None:
+    here = situation(1, 2, rows=64, sub_keys=4096, gib=0.01)
+    alone = replace(here, topology=here.topology.model_copy(update={"between_nodes": None}))
+    for one, tried in ((here, True), (alone, False)):
+        assert ("times the nodes" in str(plan(one, rounding=False, date="2026-01-01"))) == tried
+
+
+def test_a_plan_is_refused_for_other_data() -> None:
+    here = situation(1, 2, sub_keys=64)
+    found = PlanFile.model_validate_json(plan(here, rounding=False, date="2026-01-01").model_dump_json())
+    assert found.applied_to(here.config, SCHEMA.model_copy(update={"name": "a newer day"})).memory is not None
+    more_users = SCHEMA.model_copy(update={"tables": SCHEMA.tables | {"user": 6_000_000}})
+    with pytest.raises(InputError, match="data.tables.user=5000000, and this run has 6000000; plan again"):
+        found.applied_to(here.config, more_users)
+    longer = SCHEMA.model_copy(update={"histories": {"past": History(columns={"past": "item"})}})
+    with pytest.raises(InputError, match="data.histories={}, and this run has {'past'"):
+        found.applied_to(here.config, longer)
+
+
 def test_a_batch_smaller_than_the_world_is_refused() -> None:
     here = situation(1, 8)
     config = here.config.model_copy(update={"data": DataConfig(path="data", batch_size=5)})
@@ -291,10 +359,10 @@ def test_a_batch_smaller_than_the_world_is_refused() -> None:
 def test_a_plan_is_refused_for_another_config_or_other_ranks(tmp_path: Path) -> None:
     here = situation(1, 2, sub_keys=64)
     found = plan(here, rounding=False, date="2026-01-01")
-    assert found.applied_to(here.config).memory.strategy == found.memory.strategy
+    assert found.applied_to(here.config, here.schema).memory.strategy == found.memory.strategy
     other = here.config.model_copy(update={"memory": here.config.memory.model_copy(update={"top_k": 16})})
-    with pytest.raises(InputError, match="memory.top_k=32, and the config has 16"):
-        found.applied_to(other)
+    with pytest.raises(InputError, match="memory.top_k=32, and this run has 16"):
+        found.applied_to(other, here.schema)
     with pytest.raises(InputError, match="2 ranks .1 node of 2., and this run has 4 ranks .2 nodes of 2."):
         found.require_ranks(4, 2)
     with pytest.raises(InputError, match="counts with NVIDIA H200, and this rank runs on a toaster"):

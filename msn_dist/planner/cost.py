@@ -210,7 +210,8 @@ def _retrieval_seconds(op: Op, machine: Machine) -> float:
     if forward and op.dtype == "float32" and machine.retrieve_fp32 is not None:
         rates = machine.retrieve_fp32
     hits = op.out_elements / (2 * queries * heads) if forward else op.shapes[4][2]
-    seconds = queries * heads / rates.at(sub_keys)
+    rate = rates.of_work(sub_keys) if forward else rates.at(sub_keys)  # the backward's work is that of the hits
+    seconds = queries * heads / rate
     return seconds * max(1.0, hits / 32) * max(1.0, (width / 64) ** 0.5)
 
 

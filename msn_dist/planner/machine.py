@@ -29,14 +29,14 @@ def _ascending(points: list[list[float]]) -> list[list[float]]:
 
 
 class Curve(Part):
-    """A rate over a size: straight between its points on logarithmic axes, constant beyond them."""
+    """A rate over a size: straight between its points on logarithmic axes."""
 
     points: Annotated[list[list[float]], AfterValidator(_ascending)] = Field(description="[size, rate], ascending")
     source: Literal["measured", "datasheet", "estimated"]
     note: str = ""
 
     def at(self, size: float) -> float:
-        """The rate, in units a second, of an operation of this size."""
+        """The rate, in units a second, of an operation of this size; constant beyond the points."""
         sizes = [x for x, _ in self.points]
         place = bisect.bisect(sizes, size)
         if place in (0, len(sizes)):
@@ -44,6 +44,10 @@ class Curve(Part):
         (x0, y0), (x1, y1) = self.points[place - 1 : place + 1]
         share = math.log(size / x0) / math.log(x1 / x0)
         return y0 * (y1 / y0) ** share
+
+    def of_work(self, size: float) -> float:
+        """The same where the work grows with the size: beyond the last point the rate falls in proportion."""
+        return self.at(size) / max(1.0, size / self.points[-1][0])
 
 
 class Latency(Part):
@@ -107,11 +111,11 @@ class Machine(Part):
 
     def read_seconds(self, hits: float, rows: float, row_bytes: float) -> float:
         """A look-up of so many hits that fall on so many rows."""
-        return hits / self.hit_read.at(row_bytes) + rows / self.row_read.at(row_bytes)
+        return hits / self.hit_read.of_work(row_bytes) + rows / self.row_read.of_work(row_bytes)
 
     def update_seconds(self, hits: float, rows: float, row_bytes: float) -> float:
         """Its backward, with the step of the rows."""
-        return hits / self.hit_update.at(row_bytes) + rows / self.row_update.at(row_bytes)
+        return hits / self.hit_update.of_work(row_bytes) + rows / self.row_update.of_work(row_bytes)
 
 
 def device_name(device: torch.device) -> str:

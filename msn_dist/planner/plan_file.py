@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from msn_dist.config import MemoryConfig, RunConfig
+from msn_dist.data.schema import Schema
 from msn_dist.errors import InputError
 from msn_dist.planner.layout import in_groups
 from msn_dist.strict_yaml import Part, parse
@@ -115,13 +116,13 @@ class PlanFile(Part):
         """In all, on each rank."""
         return [sum(kinds) for kinds in zip(*self.storage.values(), strict=True)]
 
-    def applied_to(self, config: RunConfig) -> RunConfig:
-        """The config that trains as planned; InputError if it is not the one that was planned for."""
-        now = settings_of(config)
+    def applied_to(self, config: RunConfig, schema: Schema) -> RunConfig:
+        """The config that trains as planned; InputError if it, or its data, is not what was planned for."""
+        now = settings_of(config, schema)
         for key in sorted(now.keys() | self.settings.keys()):
             if now.get(key) != self.settings.get(key):
                 raise InputError(
-                    f"the plan was made for {key}={self.settings.get(key)!r}, and the config has {now.get(key)!r}; "
+                    f"the plan was made for {key}={self.settings.get(key)!r}, and this run has {now.get(key)!r}; "
                     "plan again, or train without --plan"
                 )
         if (self.memory is None) != (config.memory is None):
@@ -148,13 +149,14 @@ class PlanFile(Part):
             )
 
 
-def settings_of(config: RunConfig) -> dict[str, Any]:
-    """Keys of a config that a plan depends on, without those that it decides."""
-    tree = config.model_dump(mode="json")
+def settings_of(config: RunConfig, schema: Schema) -> dict[str, Any]:
+    """Keys of a config that a plan depends on, without those that it decides, and what the data's columns are."""
+    tree, columns = config.model_dump(mode="json"), schema.model_dump(mode="json", exclude={"name", "group", "tables"})
     chosen = {
         "model": tree["model"],
         "memory": tree["memory"] or {},
-        "data": {"batch_size": config.data.batch_size},
+        "data": {"batch_size": config.data.batch_size, **columns},
+        "data.tables": schema.tables,
         "optimizer": {"values.kind": config.optimizer.values.kind},
         "training": {"precision": config.training.precision},
     }

@@ -47,7 +47,7 @@ def plan(situation: Situation, rounding: bool, date: str) -> PlanFile | Infeasib
         demand=_demand(situation),
         world_size=topology.world,
         ranks_per_node=topology.ranks_per_node,
-        settings=settings_of(situation.config),
+        settings=settings_of(situation.config, situation.schema),
         memory=None if situation.memory is None else _memory(chosen),
         id_tables=_id_tables(search),
         capacity=topology.device_bytes,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import get_args
 
-from msn_dist.config import Strategy
+from msn_dist.config import MemoryConfig, Strategy
 from msn_dist.errors import InputError
 from msn_dist.planner.cost import ModelTime, StepTime, step_time
 from msn_dist.planner.dense_trace import StepTrace, trace_step
@@ -147,9 +147,8 @@ class Search:
             possible, wires = [memory.strategy], [memory.wire]
         else:
             wires = _WIRES[_WIRES.index(memory.wire) :]
-        dtypes = _NARROWER[memory.value_dtype] if memory.lookup != "fbgemm" else (memory.value_dtype,)
         for strategy in possible:
-            for dtype in dtypes:
+            for dtype in value_dtypes(memory):
                 for wire, tier in product(wires, _tiers(self.situation, strategy, dtype)):
                     layout = self.situation.layout(strategy, wire, dtype, tier)
                     yield in_best_groups(self.situation, layout, self._model)
@@ -158,6 +157,11 @@ class Search:
         situation = self.situation
         distinct = None if situation.memory is None else round(situation.load.rows(1))
         return rank_storage(situation.config, situation.schema, layout, self.trace, tables, distinct)
+
+
+def value_dtypes(memory: MemoryConfig) -> tuple[str, ...]:
+    """What its values may be stored as: as it says, or narrower if its look-up can train those."""
+    return (memory.value_dtype,) if memory.lookup == "fbgemm" else _NARROWER[memory.value_dtype]
 
 
 def in_best_groups(situation: Situation, layout: Layout, model: ModelTime) -> Layout:

@@ -9,7 +9,7 @@ from msn_dist.config import MOST_ROWS
 from msn_dist.errors import InputError
 from msn_dist.planner.dense_trace import StepTrace
 from msn_dist.planner.id_tables import NoRoom
-from msn_dist.planner.search import Priced, Search
+from msn_dist.planner.search import Priced, Search, value_dtypes
 from msn_dist.planner.situation import Situation
 from msn_dist.units import binary
 
@@ -58,7 +58,8 @@ def explained(situation: Situation, lack: str, traces: dict[str, StepTrace]) -> 
         width = max(len(change) for change, _ in fitting)
         lines += [f"  {change:{width}}  {size}" for change, size in fitting]
     else:
-        lines.append("No halving of slots, width, batch or bits would fit, nor up to 32 times the nodes.")
+        more = ", nor up to 32 times the nodes" if _has_link_between_nodes(situation) else ""
+        lines.append(f"No halving of slots, width, batch or bits would fit{more}.")
     return "\n".join(lines)
 
 
@@ -112,8 +113,9 @@ def _to_the_host(situation: Situation) -> Iterator[tuple[str, Situation]]:
 
 
 def _narrower(situation: Situation) -> Iterator[tuple[str, Situation]]:
-    if situation.memory is not None and situation.memory.value_dtype == "fp32":
-        yield "memory.value_dtype=bf16", _with_memory(situation, value_dtype="bf16")
+    memory = situation.memory
+    for dtype in value_dtypes(memory)[1:] if memory is not None else ():
+        yield f"memory.value_dtype={dtype}", _with_memory(situation, value_dtype=dtype)
 
 
 def _fewer_slots(situation: Situation) -> Iterator[tuple[str, Situation]]:
@@ -155,7 +157,7 @@ def _smaller_batch(situation: Situation) -> Iterator[tuple[str, Situation]]:
 def _more_nodes(situation: Situation) -> Iterator[tuple[str, Situation]]:
     """The batch grows along."""
     topology = situation.topology
-    if topology.nodes == 1 and topology.between_nodes is None:
+    if not _has_link_between_nodes(situation):
         return
     for factor in (2, 4, 8, 16, 32):
         larger = topology.model_copy(update={"nodes": factor * topology.nodes})
@@ -165,3 +167,7 @@ def _more_nodes(situation: Situation) -> Iterator[tuple[str, Situation]]:
         config = situation.config.model_copy(update={"data": data})
         there = Situation(config, situation.schema, larger, situation.machine, situation.popularity)
         yield f"data.batch_size={data.batch_size}, nodes: {larger.nodes} in the topology", there
+
+
+def _has_link_between_nodes(situation: Situation) -> bool:
+    return situation.topology.nodes > 1 or situation.topology.between_nodes is not None

@@ -16,7 +16,7 @@ from msn_dist.errors import InputError
 from msn_dist.planner.dense_trace import StepTrace
 from msn_dist.planner.id_placement import IdPlan
 from msn_dist.planner.id_tables import NoRoom
-from msn_dist.planner.search import Priced, Search
+from msn_dist.planner.search import Priced, Search, value_dtypes
 from msn_dist.planner.situation import Situation
 
 _GIB, _SAME = 2**30, 1.02
@@ -66,10 +66,14 @@ def tune(situation: Situation, most_seconds: float | None, rounding: bool, say: 
         where = (candidate.topology.world, candidate.rows)
         try:
             search = Search(candidate, traces, placed.get(where))
+            priced = search.fastest()
+            if priced is None and where in placed:  # in the room that another candidate left them
+                search = Search(candidate, traces)
+                priced = search.fastest()
         except (NoRoom, InputError):
             continue
-        placed[where] = search.ids
-        priced = search.fastest()
+        if search.ids.tables:  # not the one of a search in which nothing fits
+            placed[where] = search.ids
         if priced is not None and (most_seconds is None or priced.time.seconds <= most_seconds):
             found.append(Tuned(candidate, priced))
     best = [one for one in found if not any(other.beats(one) for other in found)]
@@ -100,7 +104,7 @@ def tuned_table(found: list[Tuned]) -> Table:
 
 def _candidates(situation: Situation, rounding: bool) -> Iterator[Situation]:
     memory, topology = situation.memory, situation.topology
-    dtypes = ["fp32", "bf16"] if rounding and memory.value_dtype == "fp32" else [memory.value_dtype]
+    dtypes = value_dtypes(memory) if rounding else (memory.value_dtype,)
     nodes = _SCALES["nodes"] if topology.between_nodes is not None else (1,)
     scales = [_SCALES[name] for name in ("sub_keys", "top_k", "value_dim", "rows")]
     for sub_keys, top_k, width, rows, more, dtype in product(*scales, nodes, dtypes):
@@ -116,4 +120,8 @@ def _candidates(situation: Situation, rounding: bool) -> Iterator[Situation]:
                 "data": situation.config.data.model_copy(update={"batch_size": batch}),
             }
         )
-        yield Situation(config, situation.schema, larger, situation.machine, situation.popularity)
+        try:
+            candidate = Situation(config, situation.schema, larger, situation.machine, situation.popularity)
+        except InputError:  # training would refuse it
+            continue
+        yield candidate

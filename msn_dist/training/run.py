@@ -41,7 +41,7 @@ def train(config: RunConfig, run_path: Path, init: Path | None = None, plan_path
         planned = None
         if plan_path is not None:
             planned = ranks.together(lambda: load_plan(plan_path))
-            config = planned.applied_to(config)
+            config = planned.applied_to(config, schema)
             planned.require_ranks(ranks.world, ranks.local_world)
             ranks.together(lambda: planned.require_machine(device_name(ranks.device)))
         origin = Origin(init, config, ranks) if init is not None else None
