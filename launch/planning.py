@@ -20,8 +20,11 @@ def calibrate(output: Path, device: str) -> None:
     from msn_dist.training.quiet import quiet_libraries
 
     quiet_libraries()
+    import torch.distributed as dist
+
     from msn_dist.config import TrainingConfig
     from msn_dist.planner.calibration import calibrate as measure
+    from msn_dist.planner.calibration import link_between_nodes
     from msn_dist.training.ranks import joined_ranks
     from msn_dist.training.run_directory import versions
     from msn_dist.training.tiny_step import tiny_step
@@ -37,13 +40,22 @@ def calibrate(output: Path, device: str) -> None:
                 else:
                     status.update(f"measuring: {line}")
 
-            machine = measure(ranks.device, ranks.group, ranks.control, versions(), partial(tiny_step, ranks), say)
+            several = ranks.world > ranks.local_world
+            node = dist.new_subgroups(ranks.local_world)[0] if several else ranks.group
+            groups = ranks.device, ranks.group, node, ranks.control
+            machine = measure(*groups, versions(), partial(tiny_step, ranks), say)
+            link = link_between_nodes(*groups) if several else None
         if ranks.rank == 0:
             output.write_text(machine.model_dump_json(indent=1) + "\n", encoding="utf-8")
             from msn_dist.planner.explain import explain_machine
 
             console.print(explain_machine(machine))
             console.print(f"written to {output}; name it as `machine` in a topology (configs/topology)")
+            if link is not None:
+                console.print(
+                    f"between nodes, for the topology: between_nodes: {{bandwidth_gb_s: {link.bandwidth / 1e9:.3g}, "
+                    f"latency_us: {1e6 * link.latency:.3g}}}"
+                )
 
 
 def _require_folder(output: Path) -> None:

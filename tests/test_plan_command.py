@@ -183,15 +183,20 @@ def measure(rank: int, world_size: int, name: str = "cpu") -> dict:
     stopclock._SECONDS, stopclock._ROUNDS = 0.0, 1  # as where every round ends before its first call
     calibration._TABLE_BYTES, calibration._BAGS = {device.type: 2**22}, {device.type: 64}
     tiny = partial(tiny_step, Ranks(rank, world_size, world_size, device, group, group))
-    machine = calibration.calibrate(device, group, group, {"torch": torch.__version__}, tiny)
+    machine = calibration.calibrate(device, group, group, group, {"torch": torch.__version__}, tiny)
     dispatch = calibration._dispatch(stopclock.Stopclock(device, group), tiny())  # what a GPU's host has instead of 0
-    return json.loads(machine.model_dump_json()) | {"of a tiny step": dispatch}
+    link = None
+    if world_size > 1:  # as if every rank had a node of its own
+        link = calibration.link_between_nodes(device, group, dist.new_subgroups(1)[0], group).model_dump()
+    return json.loads(machine.model_dump_json()) | {"of a tiny step": dispatch, "between nodes": link}
 
 
 def test_a_calibration_measures_every_line_and_is_the_same_on_all_ranks() -> None:
     trees = run_ranks(measure, 2)
     dispatches = [tree.pop("of a tiny step") for tree in trees]
     assert dispatches[0] == dispatches[1] and 1e-6 < dispatches[0] < 1e-2
+    links = [tree.pop("between nodes") for tree in trees]
+    assert links[0] == links[1] and links[0]["bandwidth"] > 0
     machine = Machine.model_validate(trees[0])
     assert machine.kind == "cpu" and machine.ranks == 2
     lines = {name: value for name, value in vars(machine).items() if hasattr(value, "source")}
@@ -203,6 +208,6 @@ def test_a_calibration_measures_every_line_and_is_the_same_on_all_ranks() -> Non
 @pytest.mark.gpu
 def test_a_gpu_is_calibrated_with_its_host() -> None:
     (tree,) = run_ranks(measure, 1, "cuda:0", backend="cpu:gloo,cuda:nccl")
-    machine = Machine.model_validate({key: value for key, value in tree.items() if key != "of a tiny step"})
+    machine = Machine.model_validate({key: tree[key] for key in tree if key in Machine.model_fields})
     assert machine.kind == "cuda" and machine.retrieve is not None
     assert 0 < machine.operator.seconds < machine.dispatch.seconds

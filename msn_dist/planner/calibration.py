@@ -38,13 +38,15 @@ TinyStep = tuple[RunConfig, Schema, int, Callable[[], object]]
 def calibrate(
     device: torch.device,
     group: dist.ProcessGroup,
+    node: dist.ProcessGroup,
     control: dist.ProcessGroup,
     versions: dict[str, str | None],
     tiny_step: Callable[[], TinyStep],
     say: Say = lambda line: None,
 ) -> Machine:
-    """The profile of one rank of `group`; a collective call.  `say` is told what is measured next.
+    """The profile of one rank of `group`, with the links inside its node, whose ranks are `node`.
 
+    A collective call of `group` and `control`, which have the same ranks.  `say` is told what is measured next.
     `tiny_step` makes a training step whose time on a GPU is its host's, with its config, schema and rows.
     """
     clock = Stopclock(device, control)
@@ -104,13 +106,13 @@ def calibrate(
         figures[name] = Curve(points=points, source="measured")
     for name, call in (("all_to_all", _all_to_all), ("all_reduce", _all_reduce)):
         say(name.replace("_", "-"))
-        figures[name] = _collective(clock, group, device, call)
+        figures[name] = _collective(clock, node, device, call)
     if clock.unsteady > _STEADY:
         say(f"note: rounds of a measurement differed {clock.unsteady:.1f} times: something else runs here; repeat it")
     return Machine(
         name=device_name(device),
         kind=device.type,
-        ranks=group.size(),
+        ranks=node.size(),
         date=datetime.date.today().isoformat(),
         versions=versions,
         operator=Latency(seconds=operator, source="measured"),
@@ -118,6 +120,16 @@ def calibrate(
         id_step=Latency(seconds=_id_step(clock, group), source="measured"),
         **figures,
     )
+
+
+def link_between_nodes(
+    device: torch.device, group: dist.ProcessGroup, node: dist.ProcessGroup, control: dist.ProcessGroup
+) -> Collective:
+    """What a rank sends to other nodes in an all-to-all among all, with as many ranks on each; a collective call."""
+    found = _collective(Stopclock(device, control), group, device, _all_to_all)
+    share = (group.size() - node.size()) / (group.size() - 1)  # of what it sends
+    points = [[size * share, seconds] for size, seconds in found.points]
+    return found.model_copy(update={"bandwidth": found.bandwidth * share, "points": points})
 
 
 def _dispatch(clock: Stopclock, tiny: TinyStep) -> float:
