@@ -45,7 +45,7 @@ def train(config: RunConfig, run_path: Path, init: Path | None = None, plan_path
             planned.require_ranks(ranks.world, ranks.local_world)
             ranks.together(lambda: planned.require_machine(device_name(ranks.device)))
         origin = Origin(init, config, ranks) if init is not None else None
-        trainer = Trainer(config, schema, run, ranks, planned)
+        trainer = Trainer(config, schema, run, ranks, planned, to_be_loaded=origin is not None)
         if origin is not None:
             origin.require_fit(trainer.model)
         test_data = open_split("test", config.data, schema, ranks)

@@ -41,16 +41,26 @@ from msn_dist.training.stopwatch import Stopwatch
 class Trainer:
     """Trains, evaluates, and keeps the checkpoint with the best valid AUC of the first task.
 
-    With a `plan`, tables lie as it says, and what it predicts is compared with what happens.
+    With a `plan`, tables lie as it says, and what it predicts is compared with what happens.  Values that are
+    `to_be_loaded` have no initial ones.
     """
 
     def __init__(
-        self, config: RunConfig, schema: Schema, run: RunDirectory, ranks: Ranks, plan: PlanFile | None = None
+        self,
+        config: RunConfig,
+        schema: Schema,
+        run: RunDirectory,
+        ranks: Ranks,
+        plan: PlanFile | None = None,
+        *,
+        to_be_loaded: bool = False,
     ) -> None:
         self.config, self.schema, self.run, self.ranks = config, schema, run, ranks
         self.train_data = open_split("train", config.data, schema, ranks, config.seed)
         self.valid_data = open_split("valid", config.data, schema, ranks)
-        self.model, self.plan, self.parameters = build_sharded_model(config, schema, ranks, plan)
+        self.model, self.plan, self.parameters = build_sharded_model(
+            config, schema, ranks, plan, to_be_loaded=to_be_loaded
+        )
         self.memories = sharded_memories(self.model)
         self.back_ends = memory_back_ends(self.model, ranks.device)
         self.steps_per_epoch = ranks.largest(self.train_data.num_batches)
