@@ -112,7 +112,8 @@ def _to_the_host(situation: Situation) -> Iterator[tuple[str, Situation]]:
 
 
 def _narrower(situation: Situation) -> Iterator[tuple[str, Situation]]:
-    if situation.memory is not None and situation.memory.value_dtype == "fp32":
+    memory = situation.memory
+    if memory is not None and memory.value_dtype == "fp32" and memory.lookup != "fbgemm":  # which has no bf16
         yield "memory.value_dtype=bf16", _with_memory(situation, value_dtype="bf16")
 
 

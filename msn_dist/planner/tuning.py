@@ -116,4 +116,8 @@ def _candidates(situation: Situation, rounding: bool) -> Iterator[Situation]:
                 "data": situation.config.data.model_copy(update={"batch_size": batch}),
             }
         )
-        yield Situation(config, situation.schema, larger, situation.machine, situation.popularity)
+        try:
+            candidate = Situation(config, situation.schema, larger, situation.machine, situation.popularity)
+        except InputError:  # a back end that the config names does not take these sizes
+            continue
+        yield candidate
