@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -13,6 +14,7 @@ from msn_dist.config import (
     OptimizerConfig,
     RankMixerConfig,
     RunConfig,
+    Strategy,
     TrainingConfig,
     ValueOptimizerConfig,
 )
@@ -228,6 +230,21 @@ def test_on_a_cpu_row_wise_adam_is_planned_with_the_look_up_that_has_it() -> Non
     assert [one.layout("row_pooled", "fp32", "fp32").lookup for one in (there, adam)] == ["fbgemm", "reference"]
     with pytest.raises(InputError, match="memory.lookup=fbgemm: on a CPU FBGEMM has no rowwise_adam"):
         with_optimizer(there, "rowwise_adam", lookup="fbgemm")
+
+
+def test_on_one_rank_every_strategy_is_planned_as_the_same() -> None:
+    """With the look-up that training has there: `auto` holds for column and replicated too."""
+    searches = [Search(situation(1, 1, sub_keys=64, strategy=strategy)) for strategy in get_args(Strategy)]
+    priced = [next(one for one in search.priced() if search.exact(one.layout)) for search in searches]
+    assert {one.layout.lookup for one in priced} == {"triton"}
+    assert len({one.time.device for one in priced}) == len({one.fullest for one in priced}) == 1
+    curves = searches[0].seconds_over_ranks("device")
+    assert len({tuple(curve[0]) for curve in curves.values()}) == 1
+
+
+def test_rows_too_wide_for_the_kernels_are_planned_with_the_look_up_that_training_takes() -> None:
+    here = situation(1, 2, sub_keys=64, value_dim=8192)
+    assert [here.layout("row_pooled", "fp32", dtype).lookup for dtype in ("fp32", "bf16")] == ["fbgemm", "reference"]
 
 
 def test_a_look_up_that_is_named_rules_out_strategies_that_it_cannot_serve() -> None:

@@ -170,11 +170,11 @@ class Situation:
         lookup = self.memory.lookup
         if tier == "host":
             lookup = "fbgemm"
-        elif strategy in ("column", "replicated"):
+        elif strategy in ("column", "replicated") and self.topology.world > 1:  # on one rank all are the same
             lookup = "reference"
-        elif lookup == "auto" and self.machine.kind == "cuda":
-            lookup = "triton" if sizes.why_no_lookup(self.dim) is None else "fbgemm"
+        elif lookup == "auto" and self.machine.kind == "cuda" and sizes.why_no_lookup(self.dim) is None:
+            lookup = "triton"
         elif lookup == "auto":
-            lookup = "fbgemm" if value_dtype == "fp32" and self.optimizer != "rowwise_adam" else "reference"
+            lookup = "fbgemm" if self._why_not_in_fbgemm(value_dtype) is None else "reference"
         names = strategy, wire, value_dtype, lookup, self.optimizer, tier
         return Layout(self.topology.world, self.topology.ranks_per_node, *names)
