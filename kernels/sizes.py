@@ -18,6 +18,9 @@ COMPARED_SUB_KEYS = 256
 COMPARED_SUMS = 2**14  # of a program: N * E, padded, that its registers hold; half as many where operands are tf32
 COMPARING_PROGRAMS = 256  # about two for each multiprocessor of an H200; a constant, so that sums depend on no device
 
+# of a look-up
+MAX_WIDTH = 4096  # of values
+
 # of the LayerNorm of queries
 NORM_WIDTH = 256
 NORM_ELEMENTS = 2048  # of a block: 16 a thread
@@ -26,6 +29,20 @@ NORM_PROGRAMS = 256  # of the backward at most, an axis; a constant as above
 # of sums over sorted hits
 CHUNK = 32  # hits
 GROUP = 2048  # hits
+
+
+def why_no_retrieval(top_k: int, sub_keys: int, key_dim: int) -> str | None:
+    """What of a retrieval is larger than the kernels take, as a clause, or None."""
+    limits = {"top_k": (top_k, MAX_K), "sub_keys": (sub_keys, MAX_SUB_KEYS), "key_dim": (key_dim, MAX_KEY_DIM)}
+    for name, (value, limit) in limits.items():
+        if value > limit:
+            return f"the kernels take {name} up to {limit}, and it is {value}"
+    return None
+
+
+def why_no_lookup(width: int) -> str | None:
+    """The same of values of this width."""
+    return f"the kernels take values up to {MAX_WIDTH} wide, and these are {width}" if width > MAX_WIDTH else None
 
 
 def ceil_div(number: int, size: int) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msn_dist.kernels.sizes import MAX_WIDTH
+
 ROW_TYPES = (torch.int32, torch.int64)
 
 
@@ -69,5 +71,5 @@ def check_table(values_RD: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
             f"values are {values_RD.dtype} {list(values_RD.shape)} with strides {list(values_RD.stride())}: "
             f"give a contiguous [R, D] of one of {', '.join(map(str, dtypes))}"
         )
-    if not 1 <= values_RD.shape[1] <= 4096:
-        raise ValueError(f"values are {values_RD.shape[1]} wide: the kernels take 1 to 4096 columns")
+    if not 1 <= values_RD.shape[1] <= MAX_WIDTH:
+        raise ValueError(f"values are {values_RD.shape[1]} wide: the kernels take 1 to {MAX_WIDTH} columns")

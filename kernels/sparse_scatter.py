@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from msn_dist.kernels.segments import TileShape, find_begins, load_rows, load_tile, next_tile, segments_of, sum_segments
+from msn_dist.kernels.sizes import MAX_WIDTH
 from msn_dist.kernels.sparse_bags import Bags, as_bags, check_table
 
 SOURCE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,10 +68,10 @@ def gather_backward(
 
 
 def _bags(source_GD: Tensor, rows_GL: Tensor, weights_GL: Tensor | None) -> Bags:
-    if source_GD.dim() != 2 or source_GD.dtype not in SOURCE_TYPES or not 1 <= source_GD.shape[1] <= 4096:
+    if source_GD.dim() != 2 or source_GD.dtype not in SOURCE_TYPES or not 1 <= source_GD.shape[1] <= MAX_WIDTH:
         raise ValueError(
             f"source is {source_GD.dtype} {list(source_GD.shape)}: "
-            f"give [G, 1 to 4096] of one of {', '.join(map(str, SOURCE_TYPES))}"
+            f"give [G, 1 to {MAX_WIDTH}] of one of {', '.join(map(str, SOURCE_TYPES))}"
         )
     bags = as_bags(rows_GL, weights_GL, None, source_GD.device, (torch.int16, torch.int32, torch.int64))
     if bags.count != len(source_GD):

@@ -159,6 +159,9 @@ def calibrate(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
+    overrides: Annotated[
+        list[str], typer.Argument(metavar="KEY=VALUE", help="Where and how it runs, for example training.device=cpu.")
+    ] = (),
     split: Annotated[Split, typer.Option(help="Rows to evaluate on.")] = "test",
 ) -> None:
     """Print the metrics of a trained model.
@@ -167,7 +170,7 @@ def evaluate(
     """
     from msn_dist.training import run as training
 
-    training.evaluate(run, Split(split).value)
+    training.evaluate(run, Split(split).value, overrides)
 
 
 @app.command()

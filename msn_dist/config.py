@@ -114,7 +114,7 @@ class MemoryConfig(Part):
         if self.group_ranks is not None and self.strategy != "two_level":
             raise ValueError(
                 f"group_ranks={self.group_ranks} is set, and strategy: {self.strategy} has no groups of ranks; "
-                "leave it out, or take strategy: two_level"
+                "leave it out (null), or take strategy: two_level"
             )
         if (self.groups is not None) != (self.share == "group"):
             raise ValueError("groups and share: group belong together; set both or neither")

@@ -8,6 +8,10 @@ class InputError(ValueError):
     """
 
 
+class Diverged(RuntimeError):
+    """What the model computes is NaN or infinite; raised on every rank.  The command line exits with code 1."""
+
+
 class PeerLost(RuntimeError):
     """Another rank has died, or did not come to a collective.
 

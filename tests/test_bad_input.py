@@ -11,9 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from test_data_criteo import line
+from two_ranks import msn_on_two_ranks
 
 from msn_dist.launch.cli import main
 from tiny_data import ROW_GROUPS, write_data, write_split
@@ -154,7 +153,8 @@ CASES = {
 def test_training_on_two_ranks_ends_with_exit_code_2_and_one_message(case: str, config: Path) -> None:
     spoil, overrides, message = CASES[case]
     spoil(config.parent / "data")
-    exit_codes, output = train_on_two_ranks(config.parent, [str(config), *overrides])
+    command = ["train", str(config), *overrides, "--out", str(config.parent / "run")]
+    exit_codes, output = msn_on_two_ranks(config.parent, command)
     assert exit_codes == [2, 2], output
     *progress, error = output.splitlines()
     assert bool(progress) == (spoil is BAD_ID or "test split" in case)
@@ -162,43 +162,6 @@ def test_training_on_two_ranks_ends_with_exit_code_2_and_one_message(case: str, 
     if progress:
         assert progress.pop(0) == "memory back ends: retrieval reference, lookup fbgemm"
     assert all(text.startswith(("step ", "valid ", "note: ")) for text in progress)
-
-
-def train_on_two_ranks(folder: Path, arguments: list[str]) -> tuple[list[int | None], str]:
-    """(exit code of each rank, what both printed) of `msn train`, in the environment that torchrun gives."""
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    environments = [
-        {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TRITON_INTERPRET": "0",  # as a user's environment
-            "TORCHELASTIC_ERROR_FILE": str(folder / "errors" / str(rank) / "error.json"),
-        }
-        for rank in range(2)
-    ]
-    (folder / "errors").mkdir()
-    arguments = ["train", *arguments, "--out", str(folder / "run")]
-    context = mp.get_context("forkserver")
-    ranks = [context.Process(target=_rank, args=(arguments, folder, environment)) for environment in environments]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(60)  # only a hang takes so long
-        rank.kill()
-    return [rank.exitcode for rank in ranks], (folder / "output").read_text()
-
-
-def _rank(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
-    os.environ |= environment
-    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    main(arguments)
 
 
 def test_the_launched_command_explains_bad_input_in_the_middle_of_training_once(config: Path) -> None:

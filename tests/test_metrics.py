@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from msn_dist.errors import InputError
+from msn_dist.errors import Diverged, InputError
 from msn_dist.training.metrics import RankingMetrics
 from ranks import run_ranks
 
@@ -112,7 +112,7 @@ def test_diverged_model_is_an_error_that_counts_its_steps() -> None:
     logits_RK, labels_RK, groups_R = make_rows(10, groups=3, seed=2)
     diverged_RK = logits_RK.clone()
     diverged_RK[3, 1] = torch.nan
-    with pytest.raises(RuntimeError, match="logits of 1 of 30 rows are NaN or infinite, in 1 of 3 evaluation steps"):
+    with pytest.raises(Diverged, match="logits of 1 of 30 rows are NaN or infinite, in 1 of 3 evaluation steps"):
         measure(TASKS, *((z, labels_RK, groups_R) for z in (logits_RK, diverged_RK, logits_RK)))
 
 
@@ -135,7 +135,7 @@ def ranks_with_uneven_rows(rank: int, world_size: int) -> tuple[list[dict], str,
 
     if rank == 1:
         metrics.update(torch.full((2, 2), torch.nan), torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(RuntimeError, match="diverged") as error:
+    with pytest.raises(Diverged, match="diverged") as error:
         metrics.compute()
     return measured, str(error.value), RankingMetrics(TASKS).compute()["like"]["rows"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -14,6 +15,7 @@ from msn_dist.config import (
     OptimizerConfig,
     RankMixerConfig,
     RunConfig,
+    Strategy,
     TrainingConfig,
     ValueOptimizerConfig,
 )
@@ -171,6 +173,12 @@ def test_what_does_not_fit_is_explained_with_changes_that_do() -> None:
         assert isinstance(plan(larger, rounding=False, date="2026-01-01"), Infeasible), "a smaller change would do"
 
 
+def test_what_does_not_fit_by_a_named_look_up_is_told_nothing_that_it_cannot_do() -> None:
+    found = plan(situation(1, 8, gib=40, sub_keys=65_536, lookup="fbgemm"), rounding=False, date="2026-01-01")
+    assert isinstance(found, Infeasible)
+    assert "memory.sub_keys=32768" in str(found) and "bf16" not in str(found)
+
+
 def test_no_plan_leaves_id_tables_out_where_only_some_layouts_fit() -> None:
     """row_pooled needs more for a step than the ranks have, and others do not."""
     totals = {one.layout.strategy: one.fullest for one in Search(situation(64, 8, sub_keys=16_384)).priced()}
@@ -184,7 +192,22 @@ def test_no_plan_leaves_id_tables_out_where_only_some_layouts_fit() -> None:
     ("memory", "training", "message"),
     [
         ({}, {"device": "cpu"}, "training.device=cpu, and the topology's ranks are cuda"),
-        ({"lookup": "fbgemm", "value_dtype": "bf16"}, {}, "memory.lookup=fbgemm cannot train values of bf16"),
+        (
+            {"lookup": "fbgemm", "value_dtype": "bf16"},
+            {},
+            "memory.lookup=fbgemm: FBGEMM stores no values of bf16; set ",
+        ),
+        (
+            {"lookup": "triton", "value_dim": 8192},
+            {},
+            "memory.lookup=triton: the kernels take values up to 4096 wide, ",
+        ),
+        (
+            {"retrieval": "triton", "top_k": 256},
+            {},
+            "memory.retrieval=triton: the kernels take top_k up to 128, and it ",
+        ),
+        ({"retrieval": "triton", "key_dim": 512}, {}, "memory.retrieval=triton: the kernels take key_dim up to 256, "),
         ({"chunks": 5000}, {}, "memory.chunks=5000 is more than the 1024 rows of a rank"),
     ],
 )
@@ -223,8 +246,23 @@ def test_on_a_cpu_row_wise_adam_is_planned_with_the_look_up_that_has_it() -> Non
     there = Situation(here.config, SCHEMA, here.topology, Machine.model_validate(tree))
     adam = with_optimizer(there, "rowwise_adam")
     assert [one.layout("row_pooled", "fp32", "fp32").lookup for one in (there, adam)] == ["fbgemm", "reference"]
-    with pytest.raises(InputError, match="lookup=fbgemm has no optimizer.values.kind=rowwise_adam on a CPU, and the"):
+    with pytest.raises(InputError, match="memory.lookup=fbgemm: on a CPU FBGEMM has no rowwise_adam"):
         with_optimizer(there, "rowwise_adam", lookup="fbgemm")
+
+
+def test_on_one_rank_every_strategy_is_planned_as_the_same() -> None:
+    """With the look-up that training has there: `auto` holds for column and replicated too."""
+    searches = [Search(situation(1, 1, sub_keys=64, strategy=strategy)) for strategy in get_args(Strategy)]
+    priced = [next(one for one in search.priced() if search.exact(one.layout)) for search in searches]
+    assert {one.layout.lookup for one in priced} == {"triton"}
+    assert len({one.time.device for one in priced}) == len({one.fullest for one in priced}) == 1
+    curves = searches[0].seconds_over_ranks("device")
+    assert len({tuple(curve[0]) for curve in curves.values()}) == 1
+
+
+def test_rows_too_wide_for_the_kernels_are_planned_with_the_look_up_that_training_takes() -> None:
+    here = situation(1, 2, sub_keys=64, value_dim=8192)
+    assert [here.layout("row_pooled", "fp32", dtype).lookup for dtype in ("fp32", "bf16")] == ["fbgemm", "reference"]
 
 
 def test_a_look_up_that_is_named_rules_out_strategies_that_it_cannot_serve() -> None:
@@ -250,6 +288,14 @@ def test_tuning_keeps_only_what_nothing_else_beats(monkeypatch: pytest.MonkeyPat
     sizes = [one.parameters for one in found]
     assert sizes == sorted(sizes, reverse=True)
     assert not tune(situation(1, 2, rows=64, sub_keys=128), most_seconds=1e-9, rounding=False, say=lambda line: None)
+
+
+def test_tuning_leaves_out_sizes_that_a_named_back_end_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"sub_keys": (1,), "top_k": (1, 2), "value_dim": (1,), "rows": (1,), "nodes": (1,)}
+    monkeypatch.setattr(tuning, "_SCALES", few)
+    here = situation(1, 2, rows=64, sub_keys=256, top_k=128, retrieval="triton")
+    found = tune(here, most_seconds=None, rounding=False, say=lambda line: None)
+    assert [one.situation.memory.top_k for one in found] == [128]
 
 
 def test_more_popular_slots_make_asking_for_rows_once_cheaper() -> None:

@@ -165,20 +165,9 @@ def choose_retrieval(kind: str, device: str, top_k: int, sub_keys: int, key_dim:
     """
     if kind == "reference" or (kind == "auto" and (device != "cuda" or interpreted())):
         return "reference"
-    reason = why_no_triton(device) or _too_large(top_k, sub_keys, key_dim)
+    reason = why_no_triton(device) or sizes.why_no_retrieval(top_k, sub_keys, key_dim)
     if reason is None:
         return "triton"
     if kind == "auto":
         return "reference"
     raise InputError(f"memory.retrieval=triton: {reason}; set memory.retrieval to auto or reference")
-
-
-def _too_large(top_k: int, sub_keys: int, key_dim: int) -> str | None:
-    for name, value, limit in (
-        ("top_k", top_k, sizes.MAX_K),
-        ("sub_keys", sub_keys, sizes.MAX_SUB_KEYS),
-        ("key_dim", key_dim, sizes.MAX_KEY_DIM),
-    ):
-        if value > limit:
-            return f"the kernels take {name} up to {limit}, and it is {value}"
-    return None

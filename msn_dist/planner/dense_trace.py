@@ -26,7 +26,7 @@ from torch.autograd.function import Function, once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msn_dist.config import MemoryConfig, OptimizerConfig, RunConfig
-from msn_dist.kernels.sizes import MAX_K, MAX_KEY_DIM, MAX_SUB_KEYS, NORM_WIDTH
+from msn_dist.kernels.sizes import NORM_WIDTH, why_no_retrieval
 from msn_dist.memory.autocast import pooled_dtype
 from msn_dist.planner.gpu_rules import GpuRules, fused_gate, fused_query_norm, fused_retrieve
 from msn_dist.planner.step_recorder import LookUp, Op, Span, StepRecorder
@@ -150,9 +150,8 @@ def _put_stand_ins(model: Ranker, rows: int, recorder: StepRecorder, on_gpu: boo
 
 def _has_kernel(memory: MemoryConfig) -> bool:
     """Whether retrieval goes through kernels on a GPU that has them; see memory.product_keys.choose_retrieval."""
-    limits = (memory.top_k, MAX_K), (memory.sub_keys, MAX_SUB_KEYS), (memory.key_dim, MAX_KEY_DIM)
-    fits = all(size <= limit for size, limit in limits)
-    return memory.retrieval == "triton" or (memory.retrieval == "auto" and fits)
+    fits = why_no_retrieval(memory.top_k, memory.sub_keys, memory.key_dim) is None
+    return memory.retrieval != "reference" and fits
 
 
 class _Values(nn.Module):

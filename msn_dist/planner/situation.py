@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
+
 from msn_dist.config import MemoryConfig, RunConfig, ValueOptimizerKind
 from msn_dist.data.schema import Schema
 from msn_dist.errors import InputError
+from msn_dist.kernels import sizes
 from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.planner.host_tier import cache_bytes
 from msn_dist.planner.layout import Layout
@@ -17,6 +20,7 @@ from msn_dist.planner.load import Load
 from msn_dist.planner.machine import Machine
 from msn_dist.planner.storage import slots_of
 from msn_dist.planner.topology import Topology
+from msn_dist.sharding.lookup import why_not_in_fbgemm
 from msn_dist.sharding.value_optimizer import state_bytes
 
 # one object for as many ranks as are looked at, with what it has worked out
@@ -76,19 +80,20 @@ class Situation:
             )
         if memory is None:
             return
-        for name, back_end in (("lookup", memory.lookup), ("retrieval", memory.retrieval)):
-            if back_end == "triton" and kind == "cpu":
-                raise InputError(f"memory.{name}=triton needs a GPU, and the topology's ranks are CPUs; set it to auto")
-        rounds = memory.value_dtype == "bf16" or (memory.value_dtype == "fp16" and kind == "cpu")
-        if memory.lookup == "fbgemm" and rounds:
-            raise InputError(f"memory.lookup=fbgemm cannot train values of {memory.value_dtype}; set lookup to auto")
-        if memory.lookup == "fbgemm" and self.optimizer == "rowwise_adam" and kind == "cpu":
-            raise InputError(
-                "memory.lookup=fbgemm has no optimizer.values.kind=rowwise_adam on a CPU, and the topology's ranks are "
-                "CPUs; set lookup to auto"
-            )
+        no_gpu = "the kernels need a CUDA GPU, and the topology's ranks are CPUs" if kind == "cpu" else None
+        reasons = {
+            ("lookup", "triton"): no_gpu or sizes.why_no_lookup(self.dim),
+            ("lookup", "fbgemm"): self._why_not_in_fbgemm(memory.value_dtype),
+            ("retrieval", "triton"): no_gpu or sizes.why_no_retrieval(memory.top_k, memory.sub_keys, memory.key_dim),
+        }
+        for (key, back_end), reason in reasons.items():
+            if reason is not None and getattr(memory, key) == back_end:
+                raise InputError(f"memory.{key}={back_end}: {reason}; set memory.{key} to auto or reference")
         if memory.chunks > self.rows:
             raise InputError(f"memory.chunks={memory.chunks} is more than the {self.rows} rows of a rank; lower it")
+
+    def _why_not_in_fbgemm(self, value_dtype: str) -> str | None:
+        return why_not_in_fbgemm(VALUE_DTYPES[value_dtype], torch.device(self.machine.kind), self.optimizer)
 
     def with_config(self, config: RunConfig) -> Situation:
         return replace(self, config=config)
@@ -165,11 +170,11 @@ class Situation:
         lookup = self.memory.lookup
         if tier == "host":
             lookup = "fbgemm"
-        elif strategy in ("column", "replicated"):
+        elif strategy in ("column", "replicated") and self.topology.world > 1:  # on one rank all are the same
             lookup = "reference"
-        elif lookup == "auto" and self.machine.kind == "cuda":
-            lookup = "triton" if self.dim <= 4096 else "fbgemm"
+        elif lookup == "auto" and self.machine.kind == "cuda" and sizes.why_no_lookup(self.dim) is None:
+            lookup = "triton"
         elif lookup == "auto":
-            lookup = "fbgemm" if value_dtype == "fp32" and self.optimizer != "rowwise_adam" else "reference"
+            lookup = "fbgemm" if self._why_not_in_fbgemm(value_dtype) is None else "reference"
         names = strategy, wire, value_dtype, lookup, self.optimizer, tier
         return Layout(self.topology.world, self.topology.ranks_per_node, *names)

@@ -44,6 +44,17 @@ class ColumnContext(ExchangeContext):
     bags_W: list[int] = field(default_factory=list)
 
 
+def columns_of_rank(dim: int, world: int) -> int:
+    """C = ceil(D / W), of all ranks but the last; InputError if that would have none."""
+    width = -(-dim // world)
+    if width * (world - 1) >= dim:
+        raise InputError(
+            f"memory.strategy=column: values of width {dim} leave a rank of {world} without columns; "
+            "use fewer ranks, a larger memory.value_dim, or row_pooled"
+        )
+    return width
+
+
 class Column(ShardedMemoryValues):
     """For few ranks with fast links, as inside a node."""
 
@@ -52,13 +63,8 @@ class Column(ShardedMemoryValues):
     ) -> None:
         super().__init__(table, group, device)
         world, rank = self.exchange.world, self.exchange.rank
-        width = -(-self.dim // world)
+        width = columns_of_rank(self.dim, world)
         columns = min(width, self.dim - rank * width)
-        if width * (world - 1) >= self.dim:
-            raise InputError(
-                f"memory.strategy=column: values of width {self.dim} leave a rank of {world} without columns; "
-                "use fewer ranks, a larger memory.value_dim, or row_pooled"
-            )
         # a last rank with fewer columns has zeros beside them, so that all messages are of one width
         dtype, seed = table.weight.dtype, table.seed
         self.lookup = ReferenceLookup(self.slots, width, optimizer, device, dtype, seed, self._mean_square)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msn_dist.config import ValueOptimizerKind
 from msn_dist.errors import InputError
-from msn_dist.kernels import reference
+from msn_dist.kernels import reference, sizes
 from msn_dist.kernels.support import interpreted, why_no_triton
 from msn_dist.sharding.rounding import round_at_random
 from msn_dist.sharding.value_optimizer import ValueOptimizer, ValueState
@@ -149,7 +149,6 @@ def weights_gradient(values_RD: Tensor, hits: Hits, gradient_GD: Tensor) -> Tens
 
 
 LOOKUPS = ("reference", "fbgemm", "triton")
-_WIDEST = 4096  # columns that the Triton kernels take
 _PIECE = 2**22  # 16-bit numbers that are widened at once
 
 
@@ -167,10 +166,9 @@ def choose_lookup(
     `tier` is fbgemm's alone.
     Raises InputError if `kind` cannot run here.
     """
-    too_wide = f"the kernels take values up to {_WIDEST} wide, and these are {dim}" if dim > _WIDEST else None
     reasons = {
-        "triton": why_no_triton(device) or too_wide,
-        "fbgemm": _why_no_fbgemm() or _why_not_in_fbgemm(dtype, device, optimizer),
+        "triton": why_no_triton(device) or sizes.why_no_lookup(dim),
+        "fbgemm": _why_no_fbgemm() or why_not_in_fbgemm(dtype, device, optimizer),
     }
     if tier == "host" and device.type == "cuda":
         if reason := reasons["fbgemm"]:
@@ -222,7 +220,8 @@ def _why_no_fbgemm() -> str | None:
     return None if importlib.util.find_spec("fbgemm_gpu") else "FBGEMM is not installed"
 
 
-def _why_not_in_fbgemm(dtype: torch.dtype, device: torch.device, optimizer: ValueOptimizerKind) -> str | None:
+def why_not_in_fbgemm(dtype: torch.dtype, device: torch.device, optimizer: ValueOptimizerKind) -> str | None:
+    """What FBGEMM cannot do on such a device, as a clause, or None."""
     if dtype == torch.bfloat16:
         return "FBGEMM stores no values of bf16"
     if dtype == torch.float16 and device.type == "cpu":

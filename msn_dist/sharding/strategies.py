@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from msn_dist.memory.values import MemoryValues
-from msn_dist.sharding.column import Column
+from msn_dist.sharding.column import Column, columns_of_rank
 from msn_dist.sharding.local import Local
 from msn_dist.sharding.replicated import Replicated
 from msn_dist.sharding.row_gather import RowGather, RowGatherUnique
@@ -24,6 +24,14 @@ STRATEGIES: dict[str, type[ShardedMemoryValues]] = {
     "column": Column,
     "replicated": Replicated,
 }
+
+
+def require_ranks(strategy: str, group_ranks: int | None, dim: int, world: int, ranks_per_node: int) -> None:
+    """InputError if the strategy cannot have values of `dim` numbers on so many ranks."""
+    if world > 1 and strategy == "two_level":
+        ranks_of_group(group_ranks, world, ranks_per_node)
+    if world > 1 and strategy == "column":
+        columns_of_rank(dim, world)
 
 
 def shard_values(

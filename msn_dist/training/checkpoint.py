@@ -173,8 +173,11 @@ def tensors_in(path: Path, ranks: Ranks) -> dict[str, TensorStorageMetadata]:
     return ranks.together(metadata).state_dict_metadata
 
 
-def require_shapes(model: DistributedModelParallel, shapes: Mapping[str, torch.Size], place: Path) -> None:
-    """InputError, which names what differs, unless the checkpoint at `place` with these `shapes` is one of `model`."""
+def require_shapes(model: DistributedModelParallel, shapes: Mapping[str, torch.Size], place: Path, rule: str) -> None:
+    """InputError, which names what differs, unless the checkpoint at `place` with these `shapes` is one of `model`.
+
+    `rule` is what the user has to keep.
+    """
     here = {f"model.{name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     there = {name: tuple(shape) for name, shape in shapes.items() if name.startswith("model.")}
     different = [name for name in sorted(here | there) if here.get(name) != there.get(name)]
@@ -184,9 +187,7 @@ def require_shapes(model: DistributedModelParallel, shapes: Mapping[str, torch.S
             for name in different[:_SHOWN]
         ]
         more = [f"and {len(different) - _SHOWN} more differ"] * (len(different) > _SHOWN)
-        raise InputError(
-            f"{place}: is of another model; only memory.sub_keys may be larger than there: {', '.join(lines + more)}"
-        )
+        raise InputError(f"{place}: is of another model; {rule}: {', '.join(lines + more)}")
 
 
 def _conversions(state: Mapping[str, Tensor], stored: Mapping[str, TensorStorageMetadata]) -> list[str]:

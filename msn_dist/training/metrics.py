@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from msn_dist.errors import InputError
+from msn_dist.errors import Diverged, InputError
 
 METRICS = ("auc", "gauc", "qauc", "logloss", "ne", "calibration", "groups", "rows")
 COUNTS = ("groups", "rows")
@@ -39,7 +39,7 @@ class RankingMetrics:
     def compute(self) -> dict[str, dict[str, float | int]]:
         """Metrics of every task, the same on every rank; a collective call over `group`.
 
-        A metric that is undefined (one class only, no rows) is NaN.  Raises RuntimeError on every rank if a logit
+        A metric that is undefined (one class only, no rows) is NaN.  Raises Diverged on every rank if a logit
         is not finite, InputError if a label is neither 0, 1 nor NaN.
         """
         empty = torch.empty(0, len(self._tasks))
@@ -79,7 +79,7 @@ class RankingMetrics:
             dist.all_gather(every, mine, group=self._group)
         rows, steps, bad_steps, bad_rows, *bad_labels = torch.stack(every).sum(0).tolist()
         if bad_rows:
-            raise RuntimeError(
+            raise Diverged(
                 f"the model has diverged: logits of {bad_rows:,} of {rows:,} rows are NaN or infinite, in "
                 f"{bad_steps:,} of {steps:,} evaluation steps; lower the learning rates or raise optimizer.warmup_steps"
             )

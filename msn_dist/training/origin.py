@@ -47,7 +47,7 @@ class Origin:
         shapes = {name: tensor.size for name, tensor in tensors_in(self._checkpoint, self._ranks).items()}
         if self._grows:
             shapes = grown_shapes(shapes, self._old, self._new.sub_keys)
-        require_shapes(model, shapes, self._checkpoint)
+        require_shapes(model, shapes, self._checkpoint, "only memory.sub_keys may be larger than there")
 
     def load(self, model: DistributedModelParallel, optimizers: Optimizers, run: RunDirectory) -> None:
         """Load the state; `run`, the new one, keeps a note of where it came from."""

@@ -13,8 +13,9 @@ quiet_libraries()  # before torchrec is imported below
 from msn_dist.data.schema import load_schema  # noqa: E402
 from msn_dist.planner.machine import device_name  # noqa: E402
 from msn_dist.planner.plan_file import load_plan, write_plan  # noqa: E402
-from msn_dist.training.checkpoint import load_model  # noqa: E402
+from msn_dist.training.checkpoint import load_model, require_shapes, tensors_in  # noqa: E402
 from msn_dist.training.console import Console  # noqa: E402
+from msn_dist.training.evaluated_config import on_these_ranks, require_same_model  # noqa: E402
 from msn_dist.training.evaluation import evaluate as evaluate_model  # noqa: E402
 from msn_dist.training.evaluation import open_split  # noqa: E402
 from msn_dist.training.origin import Origin  # noqa: E402
@@ -77,18 +78,28 @@ def train(config: RunConfig, run_path: Path, init: Path | None = None, plan_path
         del trainer
 
 
-def evaluate(run_path: Path, split: str = "test") -> dict[str, dict[str, float]]:
-    """Metrics of a run's best state on a split, printed on rank 0; at any world size."""
+def evaluate(run_path: Path, split: str = "test", overrides: list[str] = ()) -> dict[str, dict[str, float]]:
+    """Metrics of a run's best state on a split, printed on rank 0; at any world size.
+
+    `overrides` of the run's config say where and how it is to run.  Raises InputError, on every rank, if they say more,
+    or the data are not those of this model.
+    """
     run = RunDirectory.open(run_path)
-    config = run.config()
+    trained, config = run.config(), run.config(overrides)
+    require_same_model(trained, config)
     with joined_ranks(config.training) as ranks:
+        console = Console(ranks.rank, 0, 1)
+        config = on_these_ranks(trained, config, ranks, console.say)
         schema = ranks.together(lambda: load_schema(config.data.path))
         checkpoint = ranks.together(run.existing_checkpoint)
         data = open_split(split, config.data, schema, ranks)
         model, *_ = build_sharded_model(config, schema, ranks, to_be_loaded=True)
+        shapes = {name: tensor.size for name, tensor in tensors_in(checkpoint, ranks).items()}
+        rule = f"data.path={config.data.path} must have the schema that it was trained on"
+        require_shapes(model, shapes, checkpoint, rule)
         load_model(checkpoint, model, ranks)
         metrics = evaluate_model(model, data, schema, ranks, config.training.precision)
         step = (run.summary() or {}).get("best_step", 0)
-        Console(ranks.rank, 0, 1).evaluation({"split": split, "step": step, "metrics": metrics})
+        console.evaluation({"split": split, "step": step, "metrics": metrics})
         del model
     return metrics

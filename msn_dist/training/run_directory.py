@@ -75,8 +75,8 @@ class RunDirectory:
             raise InputError(f"{self.checkpoint}: there is no checkpoint; the run did not come to its first one")
         return self.checkpoint
 
-    def config(self) -> RunConfig:
-        return load_config(self.path / "config.yaml")
+    def config(self, overrides: list[str] = ()) -> RunConfig:
+        return load_config(self.path / "config.yaml", overrides)
 
     def write_plan(self, plan: Any, text: str) -> None:
         """The sharding plan as JSON data and as text."""

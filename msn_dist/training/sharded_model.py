@@ -22,7 +22,7 @@ from msn_dist.planner import Plan, make_plan
 from msn_dist.planner.plan_file import PlanFile
 from msn_dist.sharding import MemoryValuesSharder, ShardedMemoryValues, ValueOptimizer
 from msn_dist.sharding.lookup import choose_lookup
-from msn_dist.sharding.two_level import ranks_of_group
+from msn_dist.sharding.strategies import require_ranks
 from msn_dist.training.host_memory import free_host_bytes, require_host_memory
 from msn_dist.training.ranks import Ranks
 
@@ -36,13 +36,13 @@ def build_sharded_model(
 
     `planned` says where the id tables lie; of memories `config` says it.  Raises InputError, on every rank, if a back
     end of the memory cannot run on one of them, a host has no room for the values that are to lie there, or the ranks
-    make no groups of the size that two_level is to have.
+    are such that its strategy cannot have them.
     """
     if config.memory is not None:
         width = config.memory.value_dim or config.model.width
         ranks.together(lambda: _require_back_ends(config, width, ranks.device))
-        if config.memory.strategy == "two_level" and ranks.world > 1:
-            ranks.together(lambda: ranks_of_group(config.memory.group_ranks, ranks.world, ranks.local_world))
+        by = config.memory.strategy, config.memory.group_ranks
+        ranks.together(lambda: require_ranks(*by, width, ranks.world, ranks.local_world))
     ranker = Ranker(schema, config.model, config.memory, seed=config.seed, device=torch.device("meta"))
     for memory in ranker.memories().values():
         memory.values.to_be_loaded = to_be_loaded

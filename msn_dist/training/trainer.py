@@ -17,7 +17,7 @@ from msn_dist.data.handshake import in_step
 from msn_dist.data.on_device import on_device
 from msn_dist.data.parquet import ParquetReader
 from msn_dist.data.schema import Schema
-from msn_dist.errors import InputError
+from msn_dist.errors import Diverged, InputError
 from msn_dist.memory import MemoryHealth
 from msn_dist.planner.plan_file import PlanFile
 from msn_dist.training.checkpoint import Checkpoints, load_model
@@ -98,7 +98,7 @@ class Trainer:
                 self._train_epoch(console)
                 if self._at_the_end():
                     break
-        except InputError:  # raised on every rank, and a checkpoint may be half written
+        except (InputError, Diverged):  # raised on every rank, and a checkpoint may be half written
             self._checkpoints.wait()
             raise
         self._checkpoints.wait()
