@@ -77,7 +77,7 @@ def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
                 work.backward += both_ways
         case "row_gather" | "row_gather_unique":
             unique = layout.strategy == "row_gather_unique"
-            rows = load.rows(1) if unique else hits
+            rows = load.rows_by_chunk(1) if unique else hits
             work = Work(read=rows * busiest, rows=of_owner, row_bytes=dim * element)
             work.bucketed, work.distinct = (0, hits) if unique else (hits, 0)
             work.home = HomeWork(hits, rows, dim * _FLOAT, by_kernels=layout.lookup == "triton", once=not unique)
