@@ -128,10 +128,12 @@ def test_a_large_model_is_traced_without_a_tensor(device_type: str) -> None:
 def test_a_gpu_is_planned_for_without_one() -> None:
     config = paper_sized()
     trace = trace_step(config, SCHEMA, 2048, "cuda")
-    names = {op.name for op in trace.ops if op.region == "memory"}
-    kernels = {"retrieve", "gate", "query_norm"}
-    assert kernels | {f"{name}_backward" for name in kernels} <= names
-    assert not {"aten.topk", "aten.tanh"} & names
+    names = {region: {op.name for op in trace.ops if op.region == region} for region in ("retrieval", "gate")}
+    kernels = {"retrieval": {"retrieve", "query_norm"}, "gate": {"gate"}}
+    for region, forward in kernels.items():
+        assert forward | {f"{name}_backward" for name in forward} <= names[region]
+    assert not names["retrieval"] & {"gate", "gate_backward"} and not names["gate"] & {"retrieve", "retrieve_backward"}
+    assert not {"aten.topk", "aten.tanh"} & set.union(*names.values())
     norms = {op.dtype for op in trace.ops if op.name == "aten.native_layer_norm"}
     assert norms == {"float32"}, "autocast on CUDA normalises in float32"
     layout = Layout(64, 8, "two_level", "bf16", "bf16", "triton")
