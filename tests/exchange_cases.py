@@ -25,6 +25,8 @@ class LookUpCase:
     hits: int = 8
     dim: int = 64
     ranks_per_node: int = 1
+    chunks: int = 1
+    optimizer: str = "rowwise_adagrad"
 
 
 def counted(rank: int, world: int, cases: list[LookUpCase]) -> list[dict[str, int]]:
@@ -43,7 +45,8 @@ def _counted(case: LookUpCase) -> dict[str, int]:
         sharding=sharding,
         device="meta",
     )
-    values = shard_values(table, dist.group.WORLD, ValueOptimizer(), torch.device("cpu"), case.ranks_per_node)
+    optimizer = ValueOptimizer(kind=case.optimizer)
+    values = shard_values(table, dist.group.WORLD, optimizer, torch.device("cpu"), case.ranks_per_node)
     _look_up(values, case)
     return _look_up(values, case)
 
@@ -51,13 +54,18 @@ def _counted(case: LookUpCase) -> dict[str, int]:
 def _look_up(values: ShardedMemoryValues, case: LookUpCase) -> dict[str, int]:
     shape, output_bytes = (case.bags, case.hits), 4 * case.bags * case.dim
     with settled_messages(), tensor_bytes() as found:
-        slots_ML = torch.randint(case.slots, shape)
+        of_rank = torch.Generator().manual_seed(values.exchange.rank)
+        slots_ML = torch.randint(case.slots, shape, generator=of_rank)
         weights_ML = torch.rand(shape, requires_grad=True) * 1
         with mark("forward"):
-            pooled_MD = values(slots_ML, weights_ML)
+            if case.chunks == 1:
+                pooled = [values(slots_ML, weights_ML)]
+            else:
+                parts = slots_ML.tensor_split(case.chunks), weights_ML.tensor_split(case.chunks)
+                pooled = values.pooled_in_chunks(zip(*parts, strict=True))
         with mark("with output"):
-            doubled_MD = pooled_MD * 2  # saves nothing for its backward
-        del pooled_MD
+            doubled_MD = torch.cat(pooled) * 2  # saves nothing for its backward
+        del pooled
         gradient_MD = torch.ones_like(doubled_MD)
         with mark("backward"):
             doubled_MD.backward(gradient_MD)

@@ -72,6 +72,16 @@ def test_the_busiest_owner_is_that_of_drawn_bags(world: int, tolerance: float) -
     assert load.owner_load(world, once=True) == pytest.approx(sum(once) / 8, rel=0.12)
 
 
+def test_asking_once_a_chunk_is_asking_for_every_hit_where_every_bag_is_a_chunk() -> None:
+    load = Load.zipf(SLOTS, BAGS, HITS, 1.05)
+    alone, parts = load.in_chunks((1,) * BAGS), load.in_chunks((22, 21, 21))
+    assert alone.rows_by_chunk(1) == pytest.approx(BAGS * HITS)
+    assert alone.owner_load(8, once=True) == pytest.approx(load.owner_load(8))
+    assert load.rows(1) == load.rows_by_chunk(1) == alone.rows(1)
+    assert load.rows(1) < parts.rows_by_chunk(1) < BAGS * HITS
+    assert load.owner_load(8, once=True) < parts.owner_load(8, once=True) < load.owner_load(8)
+
+
 @pytest.mark.parametrize("power", range(20, 37, 4))
 def test_large_tables_and_worlds_are_within_their_bounds(power: int) -> None:
     slots, worlds = 2**power, (8, 64, 512, 4096)

@@ -101,7 +101,7 @@ def test_misses_are_those_of_a_simulated_cache() -> None:
 
 
 def test_a_cache_with_room_for_all_that_is_ever_hit_misses_nothing() -> None:
-    load = Load(2**20, 100, 4, torch.tensor([4 / 500], dtype=torch.float64), torch.tensor([500]))
+    load = Load(2**20, (100,), 4, torch.tensor([4 / 500], dtype=torch.float64), torch.tensor([500]))
     assert load.missed_rows(2, 500) == 0
     assert load.missed_rows(2, 499) > 0
 

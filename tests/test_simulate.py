@@ -1,6 +1,7 @@
 """Simulated steps: exact against what gloo ranks count, expected against the mean of exact ones.
 
-Shape suffixes: W ranks, WW from a rank (first) to a rank (second), M bags of a rank, L hits a bag, C draws of a bag.
+Shape suffixes: P chunks, W ranks, WW from a rank (first) to a rank (second), M bags of a rank, L hits a bag, C draws of
+a bag.
 """
 
 from __future__ import annotations
@@ -129,15 +130,19 @@ def test_groups_split_what_leaves_a_node_by_the_formulas() -> None:
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.05, 1.2])
-@pytest.mark.parametrize("world", [8, 64])
-def test_expected_bytes_are_the_mean_of_exact_ones(world: int, exponent: float) -> None:
+@pytest.mark.parametrize(("world", "chunks"), [(8, 1), (64, 1), (8, 3)])
+def test_expected_bytes_are_the_mean_of_exact_ones(world: int, chunks: int, exponent: float) -> None:
     sub_keys, bags, hits, dim, repeats = 512, 64, 32, 64, 6
     slots = sub_keys**2
-    demands = [
-        Demand.of(drawn_bags(sub_keys, world * bags, hits, exponent, seed).split(bags), Placement.permuted(slots))
-        for seed in range(repeats)
-    ]
+    demands = []
+    for seed in range(repeats):
+        slots_WP = [
+            slots_ML.tensor_split(chunks)
+            for slots_ML in drawn_bags(sub_keys, world * bags, hits, exponent, seed).split(bags)
+        ]
+        demands.append(Demand.of_chunks(list(zip(*slots_WP, strict=True)), Placement.permuted(slots)))
     load = Load.zipf(slots, bags, hits, exponent) if exponent else Load.uniform(slots, bags, hits)
+    load = load.in_chunks(tuple(map(len, slots_WP[0])))
     settings = [("fp32", "rowwise_adagrad"), ("int8", "sgd"), ("int8", "rowwise_adam")]
     layouts = [Layout(world, 8, name, wire, optimizer=kind) for name, (wire, kind) in product(STRATEGIES, settings)]
     layouts += [Layout(world, 8, "two_level", group_ranks=size) for size in group_sizes(world, 8)]

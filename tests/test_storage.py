@@ -13,6 +13,7 @@ from msn_dist.config import RunConfig
 from msn_dist.planner.dense_trace import trace_step
 from msn_dist.planner.exchange_storage import exchange_bytes
 from msn_dist.planner.layout import Layout
+from msn_dist.planner.load import Load
 from msn_dist.planner.plan import TableShards
 from msn_dist.planner.storage import Storage, rank_storage
 from msn_dist.sharding.strategies import STRATEGIES
@@ -85,6 +86,8 @@ def test_predicted_bytes_are_those_of_the_tensors(world: int, name: str, found) 
 
 
 ALONE = [LookUpCase(strategy, wire=wire, lookup="auto") for strategy in STRATEGIES for wire in ("fp16", "int8")]
+ALONE += [LookUpCase(strategy, lookup="auto", chunks=4) for strategy in STRATEGIES]
+ALONE += [LookUpCase("replicated", lookup="auto", chunks=8, optimizer="rowwise_adam", slots=96**2)]
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +95,14 @@ def alone() -> dict[LookUpCase, dict[str, int]]:
     return dict(zip(ALONE, run_ranks(counted, 2, ALONE)[0], strict=True))
 
 
-@pytest.mark.parametrize("case", ALONE, ids=lambda case: f"{case.strategy} {case.wire}")
+@pytest.mark.parametrize("case", ALONE, ids=lambda case: f"{case.strategy} {case.wire} {case.optimizer} {case.chunks}")
 def test_a_look_up_alone_holds_what_its_trace_says(case: LookUpCase, alone) -> None:
+    size = case.slots, case.dim, case.bags, case.hits
     lookup = "reference" if case.strategy in ("column", "replicated") else "fbgemm"
-    layout = Layout(2, 1, case.strategy, case.wire, case.value_dtype, lookup)
-    held = exchange_bytes(layout, case.slots, case.dim, case.bags, case.hits)
+    layout = Layout(2, 1, case.strategy, case.wire, case.value_dtype, lookup, case.optimizer)
+    load = Load.uniform(case.slots, case.bags, case.hits).in_chunks((case.bags // case.chunks,) * case.chunks)
+    distinct = round(load.rows_by_chunk(1))
+    held = exchange_bytes(layout, *size, chunks=case.chunks, distinct=distinct)
     actual = alone[case]
     assert held.keeps_output == (actual["output"] <= 0)
     assert held.kept + held.saved == pytest.approx(actual["saved"], rel=TOLERANCE)
@@ -122,10 +128,12 @@ def test_a_large_model_is_traced_without_a_tensor(device_type: str) -> None:
 def test_a_gpu_is_planned_for_without_one() -> None:
     config = paper_sized()
     trace = trace_step(config, SCHEMA, 2048, "cuda")
-    names = {op.name for op in trace.ops if op.region == "memory"}
-    kernels = {"retrieve", "gate", "query_norm"}
-    assert kernels | {f"{name}_backward" for name in kernels} <= names
-    assert not {"aten.topk", "aten.tanh"} & names
+    names = {region: {op.name for op in trace.ops if op.region == region} for region in ("retrieval", "gate")}
+    kernels = {"retrieval": {"retrieve", "query_norm"}, "gate": {"gate"}}
+    for region, forward in kernels.items():
+        assert forward | {f"{name}_backward" for name in forward} <= names[region]
+    assert not names["retrieval"] & {"gate", "gate_backward"} and not names["gate"] & {"retrieve", "retrieve_backward"}
+    assert not {"aten.topk", "aten.tanh"} & set.union(*names.values())
     norms = {op.dtype for op in trace.ops if op.name == "aten.native_layer_norm"}
     assert norms == {"float32"}, "autocast on CUDA normalises in float32"
     layout = Layout(64, 8, "two_level", "bf16", "bf16", "triton")

@@ -1,4 +1,7 @@
-"""The bytes that the exchange counts are those of the formulas, for every strategy, wire and world size."""
+"""The bytes that the exchange counts are those of the formulas, for every strategy, wire, world size and chunks.
+
+Shape suffixes: C chunks, W ranks, M bags of a rank, L hits a bag.
+"""
 
 from __future__ import annotations
 
@@ -48,14 +51,15 @@ def sharded(
 
 
 def settings_of(strategy: str, size: int) -> list[tuple]:
-    """(wire, ranks a group, optimizer), those that are tested."""
+    """(chunks, wire, ranks a group, optimizer), those that are tested."""
     groups = (1, 2, 4) if strategy == "two_level" and size == 4 else (1,)
-    by_wire = [(wire, group_ranks, "rowwise_adagrad") for wire in WIRES for group_ranks in groups]
-    return by_wire + [("int8", 1, optimizer) for optimizer in OPTIMIZERS.get(strategy, [])]
+    by_wire = [(1, wire, group_ranks, "rowwise_adagrad") for wire in WIRES for group_ranks in groups]
+    by_wire += [(1, "int8", 1, optimizer) for optimizer in OPTIMIZERS.get(strategy, [])]
+    return by_wire + [(chunks, "fp32", 1, "rowwise_adagrad") for chunks in (2, 4)]
 
 
 def counted(rank: int, world: int) -> dict[tuple, tuple[dict, list[int]]]:
-    """By (deal of bags, strategy, wire, ranks a group, optimizer): what this rank's exchange has counted in one step.
+    """By (deal of bags, strategy, *setting): what this rank's exchange has counted in one step.
 
     Groups of 1 and 4 are nodes; those of 2 are set, in nodes of 1 and of 4.
     """
@@ -72,14 +76,19 @@ def counted(rank: int, world: int) -> dict[tuple, tuple[dict, list[int]]]:
             slots_ML = slots_of(bags)[rank]
             for strategy in STRATEGIES:
                 for setting in settings_of(strategy, size):
-                    wire, group_ranks, optimizer = setting
+                    chunks, wire, group_ranks, optimizer = setting
                     asked, node = (2, 1 if wire == "fp32" else 4) if group_ranks == 2 else (None, group_ranks)
                     values = sharded(strategy, group, wire, node, optimizer, group_ranks=asked)
                     weights_ML = torch.rand(slots_ML.shape, requires_grad=True)
-                    values(slots_ML, weights_ML).sum().backward()
+                    if chunks == 1:
+                        pooled = [values(slots_ML, weights_ML)]
+                    else:
+                        parts = slots_ML.tensor_split(chunks), weights_ML.tensor_split(chunks)
+                        pooled = values.pooled_in_chunks(zip(*parts, strict=True))
+                    torch.cat(pooled).sum().backward()
                     traffic = values.exchange.traffic
                     found[tuple(bags), strategy, *setting] = traffic.by_message(), traffic.by_peer()
-                    del values
+                    del values, pooled
         gc.collect()
     return found
 
@@ -93,9 +102,11 @@ def found() -> list[dict]:
 def test_every_message_has_the_bytes_of_its_formula(strategy: str, found) -> None:
     checked = 0
     for bags in (tuple(bags) for deals in BAGS.values() for bags in deals):
-        demand = Demand.of(slots_of(list(bags)), Placement.permuted(SLOTS))
         for key in (key for key in found[0] if key[:2] == (bags, strategy)):
-            expected = bytes_of_step(strategy, demand, DIM, *key[2:])
+            chunks, *setting = key[2:]
+            slots_CW = zip(*(slots_ML.tensor_split(chunks) for slots_ML in slots_of(list(bags))), strict=True)
+            demand = Demand.of_chunks(list(slots_CW), Placement.permuted(SLOTS))
+            expected = bytes_of_step(strategy, demand, DIM, *setting)
             for rank, bytes_of_rank in enumerate(expected):
                 messages, by_peer = found[rank][key]
                 assert messages == {way: sent for way, sent in bytes_of_rank.items() if sent}, (key, rank)

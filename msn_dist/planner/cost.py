@@ -6,9 +6,16 @@
     the host tier    rows that cross the host's link, in either direction / its bandwidth (`host_tier`)
     a phase          the sum of its parts; `hidden` is what other phases cover
 
-What is hidden: with `memory.chunks: c` on a GPU, up to (c - 1) / c of the exchange behind retrieval and look-up; the
-all-reduce of dense gradients behind the backward of the dense network, but for the last of its buckets.  On a CPU
-nothing is: a rank's messages need the core that it computes on.
+What is hidden: with `memory.chunks: c` on a GPU, up to (c - 1) / c of the exchange; the all-reduce of dense gradients
+behind the backward of the dense network, but for the last of its buckets.  On a CPU nothing is: a rank's messages need
+the core that it computes on.  The messages of a chunk travel while another one has
+
+    hits there               its retrieval and its sort by owner
+    sums home                its look-up
+    gradients of these       the gradients of its weights, or of the rows that it has asked for
+    gradients of weights     the update, which waits for the gradients of all chunks
+
+and those that are waited for at once hide behind nothing: two_level's across groups, all of `replicated`, squares.
 
 A GPU works behind its host: a step takes no less than the host needs to dispatch its operators.  And TorchRec's id
 tables ask the GPU for lengths, so that the host begins a step with nothing ahead: an operator starts when the host has
@@ -18,7 +25,7 @@ dispatched it, and the GPU waits as long as those before the first memory take t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -94,11 +101,12 @@ class ModelTime:
     operators: int
     parameter_bytes: int
     lead: float = 0.0  # that a GPU waits for its host before the first memory
+    retrieval: float = 0.0  # of `memory`: in the forward, up to the look-up
 
     @classmethod
     def of(cls, trace: StepTrace, machine: Machine) -> ModelTime:
         """On one rank, whose trace this is."""
-        seconds = dict.fromkeys(("dense", "memory", "optimizer"), 0.0)
+        seconds = dict.fromkeys(("dense", "retrieval", "gate", "optimizer"), 0.0)
         for op in trace.ops:
             seconds[op.region] += operator_seconds(op, machine)
         host = device = lead = 0.0
@@ -106,7 +114,16 @@ class ModelTime:
             host += machine.dispatch.seconds
             lead = max(lead, host - device)
             device += operator_seconds(op, machine)
-        return cls(**seconds, operators=len(trace.ops), parameter_bytes=sum(trace.parameters), lead=lead)
+        searching = (op for op in trace.ops if op.region == "retrieval" and not op.backward)
+        return cls(
+            dense=seconds["dense"],
+            memory=seconds["retrieval"] + seconds["gate"],
+            optimizer=seconds["optimizer"],
+            operators=len(trace.ops),
+            parameter_bytes=sum(trace.parameters),
+            lead=lead,
+            retrieval=sum(operator_seconds(op, machine) for op in searching),
+        )
 
 
 def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds: float) -> StepTime:
@@ -133,7 +150,7 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
         )
         phases.append(Phase("retrieval and gate", model.memory))
         slower = _TBE if layout.lookup == "fbgemm" and machine.kind == "cuda" else (1.0, 1.0)
-        phases += _exchange(work, messages, memories, chunks, slower, machine, topology)
+        phases += _exchange(work, messages, memories, chunks, slower, model.retrieval, machine, topology)
         names = (ARRIVING, LEAVING)
         phases += [
             Phase(name, size / machine.host_link.at(size) if size else 0.0)
@@ -221,46 +238,60 @@ def _exchange(
     memories: int,
     chunks: int,
     slower: tuple[float, float],
+    retrieval: float,
     machine: Machine,
     topology: Topology,
 ) -> list[Phase]:
     """The phases of all memories; messages are those of all of them.
 
-    `slower`: times of the look-up and of its update over those of the machine's profile.
+    `slower`: times of the look-up and of its update over those of the machine's profile.  `retrieval`: its seconds, in
+    the forward.
     """
 
     def times(number: float, rate: float) -> float:
         return memories * number / rate
 
-    def travelling(name: str, chosen: Sequence[Message], behind: float) -> Phase:
-        seconds = sum(message_seconds(message, machine, topology, chunks) for message in chosen)
-        hidden = min(seconds * (chunks - 1) / chunks, behind) if machine.kind == "cuda" else 0.0
-        return Phase(name, seconds, hidden, sum(m.bytes_inside + m.bytes_between for m in chosen))
+    def travelling(name: str, chosen: Sequence[Message], behind: Mapping[tuple[str, ...], float]) -> Phase:
+        """`behind`: by names of messages, the seconds that all chunks compute while those of others travel."""
+        seconds = [message_seconds(message, machine, topology, chunks) for message in chosen]
+        hidden = 0.0
+        if machine.kind == "cuda":
+            for names, computing in behind.items():
+                of_names = sum(s for s, message in zip(seconds, chosen, strict=True) if message.name in names)
+                hidden += min(of_names, computing) * (chunks - 1) / chunks
+        return Phase(name, sum(seconds), hidden, sum(m.bytes_inside + m.bytes_between for m in chosen))
 
     sorting = times(work.bucketed, machine.bucketing.at(max(2, topology.world)))
-    if work.distinct:
-        sorting += times(work.distinct, machine.sort.at(work.distinct))
-    reading = updating = 0.0
+    if work.asked:
+        sorting += times(work.asked, machine.sort.at(work.asked))
+    touched = times(work.distinct, machine.sort.at(work.distinct)) if work.distinct else 0.0
+    reading = updating = weighing = 0.0
     if work.read:
-        reading = memories * slower[0] * machine.read_seconds(work.read, work.rows, work.row_bytes)
+        reading = memories * slower[0] * machine.read_seconds(work.read, work.rows_by_chunk, work.row_bytes)
         updating = memories * slower[1] * machine.update_seconds(work.read, work.rows, work.row_bytes)
+    if work.read_again:
+        updating += memories * slower[0] * machine.read_seconds(work.read, work.rows, work.row_bytes)
+    if work.weighed:
+        weighing = memories * chunks * machine.pass_seconds(work.weighed / chunks)
     if work.cached:
         reading += times(work.cached, machine.sort.at(work.cached))
     forward, backward = (memories * passes_seconds(passes, machine) for passes in (work.forward, work.backward))
     if work.home:
         forward += memories * work.home.forward(machine)
-        backward += memories * work.home.backward(machine)
+        weighing += memories * work.home.backward(machine)
     there, home, again = [], [], []
     for message in messages:
         late = again if message.direction == "backward" else home
         (there if message.name in _BEFORE_THE_LOOK_UP else late).append(message)
+    sums = "pooled_in_group" if any(message.name == "pooled_in_group" for message in home) else "pooled"
+    in_backward = {(f"{sums}_gradient", "values_gradient"): weighing, ("hits_gradient",): updating}
     return [
-        Phase("hits by owner", sorting),
-        travelling("hits there", there, sorting),
+        Phase("hits by owner", sorting + touched),
+        travelling("hits there", there, {_BEFORE_THE_LOOK_UP: retrieval + sorting}),
         Phase("look-up", reading + forward),
-        travelling("sums home", home, reading),
-        travelling("gradients", again, updating),
-        Phase("update", updating + backward),
+        travelling("sums home", home, {(sums, "values"): reading}),
+        travelling("gradients", again, in_backward),
+        Phase("update", weighing + updating + backward),
     ]
 
 

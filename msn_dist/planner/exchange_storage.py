@@ -50,8 +50,8 @@ def exchange_bytes(
 ) -> ExchangeBytes:
     """For `bags` bags of `hits` hits on every rank, in a table of `slots` rows of `dim` values.
 
-    `chunks` as in MemoryConfig.  `distinct` is the number of rows that a rank's hits fall on; None: of slots that are
-    hit alike.  `autocast`: sums reach the model as bfloat16.
+    `chunks` as in MemoryConfig, all of one size.  `distinct` is the number of rows that a rank's hits fall on, of each
+    chunk for itself, added up; None: of slots that are hit alike.  `autocast`: sums reach the model as bfloat16.
     """
     rest = {"chunks": chunks, "distinct": distinct, "device_type": device_type, "autocast": autocast}
     if layout.strategy == "two_level" and layout.groups > _GROUPS:
@@ -61,7 +61,7 @@ def exchange_bytes(
         )
         return _extrapolated(less, more, layout.groups)
     bags = -(-bags // chunks)
-    expected = Expected(layout, slots, bags, hits, distinct)
+    expected = Expected(layout, slots, bags, hits, None if distinct is None else -(-distinct // chunks), chunks)
     exchange = LoopbackExchange(expected)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         values = bare_table(expected, dim, exchange)

@@ -26,10 +26,15 @@ class Work:
     """In one step, forward and backward together unless a name says else."""
 
     bucketed: float = 0.0  # hits sorted by owner
-    distinct: float = 0.0  # numbers among which the distinct ones are found
+    asked: float = 0.0  # hits among which the distinct rows are found before these are asked for
+    distinct: float = 0.0  # hits among which the update finds the distinct rows
     read: float = 0.0  # hits looked up, each a row of `row_bytes`, and stepped in the backward
     rows: float = 0.0  # distinct ones among them
+    rows_by_chunk: float = 0.0  # the same of each chunk for itself
     row_bytes: float = 0.0
+    given: float = 0.0  # bytes of what look-ups give, and of its gradient
+    weighed: float = 0.0  # bytes of the pass over looked up rows that gives weights their gradients before an update
+    read_again: bool = False  # by the update
     home: HomeWork | None = None  # rows that are weighted where they came
     cached: float = 0.0  # hits among which a cache finds the distinct ones
     forward: list[float] = field(default_factory=list)  # bytes of each pass over device memory, read and written
@@ -39,6 +44,9 @@ class Work:
 def exchange_work(layout: Layout, load: Load, dim: int) -> Work:
     """The work of the busiest owner."""
     work = _by_kernels(layout, load, dim)
+    work.rows_by_chunk = load.rows_by_chunk(layout.world) / layout.world
+    if len(load.chunks) > 1:
+        _put_off_the_update(work, layout, dim)
     if layout.lookup == "reference" and work.read:
         element = VALUE_DTYPES[layout.value_dtype].itemsize
         work.forward += _in_torch(work.read, dim, element)
@@ -50,50 +58,61 @@ def exchange_work(layout: Layout, load: Load, dim: int) -> Work:
     return work
 
 
+def _put_off_the_update(work: Work, layout: Layout, dim: int) -> None:
+    """It waits for the gradients of all chunks, and takes hits and gradients of all at once (sharding/hits.py)."""
+    work.backward += [16 * work.read, 2 * work.given]
+    work.read_again = layout.lookup == "fbgemm"  # whose update comes with a look-up of its own
+    if work.home is None and layout.lookup != "reference":  # which has this pass anyway
+        work.weighed = _weighed(work.read, dim, VALUE_DTYPES[layout.value_dtype].itemsize)
+
+
 def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
     world, hits = layout.world, load.bags * load.hits
     element = VALUE_DTYPES[layout.value_dtype].itemsize
     if world == 1:
-        return Work(read=hits, rows=load.rows(1), row_bytes=dim * element, forward=[16 * hits])
+        given = load.bags * dim * _FLOAT
+        return Work(read=hits, rows=load.rows(1), row_bytes=dim * element, given=given, forward=[16 * hits])
     busiest = load.owner_load(world, once=layout.strategy == "row_gather_unique")
     of_owner = load.rows(world) / world
     match layout.strategy:
         case "row_pooled" | "row_pooled_sparse" | "two_level":
             sparse = layout.strategy == "row_pooled_sparse"
             sums = load.bags * (load.owners_of_bag(world) if sparse else world)
-            work = Work(bucketed=hits, read=hits * busiest, rows=of_owner, row_bytes=dim * element)
+            given = sums * dim * _FLOAT
+            work = Work(bucketed=hits, read=hits * busiest, rows=of_owner, row_bytes=dim * element, given=given)
             work.forward = [40 * hits, *_coded(layout.wire, sums, dim)]
             if sparse:  # pairs are counted and found, first hits are marked and unmarked, sums are added to their bags
                 work.forward += [17 * world * load.bags, 16 * world * load.bags, 16 * sums, 24 * sums]
-                work.forward += [9 * hits, 9 * hits, 3 * sums * dim * _FLOAT]
+                work.forward += [9 * hits, 9 * hits, 3 * given]
             else:
-                work.forward += [9 * world * load.bags, sums * dim * _FLOAT]
+                work.forward += [9 * world * load.bags, given]
             # the gradient of a sum, once for each owner; divided by W
-            work.backward = [8 * hits, sums * dim * _FLOAT, *_coded(layout.wire, sums, dim), 2 * sums * dim * _FLOAT]
+            work.backward = [8 * hits, given, *_coded(layout.wire, sums, dim), 2 * given]
             if layout.strategy == "two_level":  # sums are put in the order of places, and their gradients back
-                by_place, second = 2 * sums * dim * _FLOAT, layout.groups * load.bags
+                by_place, second = 2 * given, layout.groups * load.bags
                 both_ways = [by_place, *_coded(layout.wire, second, dim), second * dim * _FLOAT]
                 work.forward += both_ways
                 work.backward += both_ways
         case "row_gather" | "row_gather_unique":
             unique = layout.strategy == "row_gather_unique"
-            rows = load.rows(1) if unique else hits
-            work = Work(read=rows * busiest, rows=of_owner, row_bytes=dim * element)
-            work.bucketed, work.distinct = (0, hits) if unique else (hits, 0)
+            rows = load.rows_by_chunk(1) if unique else hits
+            given = rows * dim * _FLOAT
+            work = Work(read=rows * busiest, rows=of_owner, row_bytes=dim * element, given=given)
+            work.bucketed, work.asked = (0, hits) if unique else (hits, 0)
             work.home = HomeWork(hits, rows, dim * _FLOAT, by_kernels=layout.lookup == "triton", once=not unique)
             work.forward = [40 * hits, *_coded(layout.wire, rows, dim)]
-            work.backward = [*_coded(layout.wire, rows, dim), 2 * rows * dim * _FLOAT]
+            work.backward = [*_coded(layout.wire, rows, dim), 2 * given]
         case "column":
             columns = -(-dim // world)
             all_hits, rows = world * hits, load.rows(world)
-            work = Work(distinct=all_hits)
+            work = Work(distinct=all_hits, given=world * load.bags * columns * _FLOAT)
             work.forward = [24 * all_hits, *_in_torch(all_hits, columns, element)]
             work.forward += _coded(layout.wire, world * load.bags, columns)
             work.backward = [*_in_torch_backward(all_hits, rows, columns, element)]
             work.backward += _coded(layout.wire, world * load.bags, columns)
         case "replicated":
             table = load.slots * dim * _FLOAT
-            work = Work(forward=[24 * hits, *_in_torch(hits, dim, element)])
+            work = Work(given=load.bags * dim * _FLOAT, forward=[24 * hits, *_in_torch(hits, dim, element)])
             gradients = [4 * hits * dim * _FLOAT, 3 * hits * dim * _FLOAT]
             # zeros, encode, decode and add up the parts of a block; the new rows of all, which come in float32
             work.backward = [*gradients, table, *_coded(layout.wire, load.slots, dim), 2 * table, 2 * table, 2 * table]
@@ -125,4 +144,11 @@ def _in_torch(hits: float, dim: int, element: int) -> list[float]:
 def _in_torch_backward(hits: float, rows: float, dim: int, element: int) -> list[float]:
     """ReferenceLookup.update: the weights' products, gradients of hits, of distinct rows, and a step of these."""
     row = dim * _FLOAT
-    return [2 * hits * row, 2 * hits * row, 3 * hits * row, 3 * hits * row, rows * (2 * dim * element + 6 * row)]
+    stepped = rows * (2 * dim * element + 6 * row)
+    return [_weighed(hits, dim, element), 2 * hits * row, 3 * hits * row, 3 * hits * row, stepped]
+
+
+def _weighed(hits: float, dim: int, element: int) -> float:
+    """lookup.weights_gradient: the rows times the gradients of their bags; with 16 bits both are copied out first."""
+    row = dim * _FLOAT
+    return hits * (2 * row if element == _FLOAT else 5 * row + 3 * dim * element)

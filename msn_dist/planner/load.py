@@ -9,6 +9,8 @@ reads with what probability, `read_B` for `slots_B` slots:
     pairs                    of a bag and another rank that it hits: m E(W) (W - 1) / W
     hits that leave a rank   m L (W - 1) / W on average over the ranks, and U(1) (W - 1) / W distinct rows, however
                              uneven the owners are: with the same popularity on every rank, one of W asks is at home
+    rows that a rank asks    U(1), or in chunks the sum of that of each chunk's bags: every chunk asks for its own rows
+    for once
 
 The permuted placement is taken for a random one.  It spreads the slots of one sub-key more evenly than chance, which
 shows where an owner has few of them: at N / W = 4 and Zipf 1.2, E(W) is 0.5 % larger, and the busiest owner of rows
@@ -26,8 +28,9 @@ L hits a bag, H hot slots, P random placements, X points of a curve.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -51,7 +54,7 @@ class Load:
     """The hits of one rank in one step, as far as bytes, owner load and look-ups depend on them."""
 
     slots: int  # n
-    bags: int  # m
+    chunks: tuple[int, ...]  # bags of each chunk of the batch, m in all
     hits: int  # L
     read_B: Tensor  # probability that a bag reads such a slot, float64
     slots_B: Tensor  # int64; slots that are never read may be left out
@@ -60,7 +63,7 @@ class Load:
     def uniform(cls, slots: int, bags: int, hits: int) -> Load:
         """Every slot alike."""
         _check(slots, hits)
-        return cls(slots, bags, hits, torch.tensor([hits / slots], dtype=torch.float64), torch.tensor([slots]))
+        return cls(slots, (bags,), hits, torch.tensor([hits / slots], dtype=torch.float64), torch.tensor([slots]))
 
     @classmethod
     def zipf(cls, slots: int, bags: int, hits: int, exponent: float, groups: int = 1) -> Load:
@@ -77,7 +80,7 @@ class Load:
         share_B = torch.nn.functional.pad(zipf(sub_keys, exponent).cumsum(0), (1, 0))[edges_B1].diff() / count_B
         share_B, order_B = (share_B[:, None] * share_B).flatten().sort(descending=True)
         slots_B = (count_B[:, None] * count_B).flatten()[order_B]
-        return cls(slots, bags, hits, _first_distinct(share_B, slots_B, hits) / groups, slots_B * groups)
+        return cls(slots, (bags,), hits, _first_distinct(share_B, slots_B, hits) / groups, slots_B * groups)
 
     @classmethod
     def from_usage(cls, slots: int, bags: int, hits: int, usage: Mapping[str, Any]) -> Load:
@@ -86,7 +89,7 @@ class Load:
         With other `slots` than the run had, an equal part of the slots has an equal part of the hits.  Slots without a
         hit in the run's last interval count as never read, so U(R) is low: for Zipf 1.05 by 2 % where R m is a
         sixteenth of the bags of that interval, by 7 % at a quarter, and more beyond.  Of a run with row_gather_unique a
-        slot has one hit a rank and step at most, which hides the skew.  InputError if `usage` is no such thing.
+        slot has one hit a rank and chunk at most, which hides the skew.  InputError if `usage` is no such thing.
         """
         _check(slots, hits)
         try:
@@ -106,7 +109,16 @@ class Load:
         edge_B1, place_X = (of_slots_X * slots).round().to(torch.int64).unique(return_inverse=True)
         hits_B1 = torch.zeros(len(edge_B1), dtype=torch.float64).scatter_reduce(0, place_X, of_hits_X, "amax")
         hits_B1[0], slots_B = 0, edge_B1.diff()
-        return cls(slots, bags, hits, (hits * hits_B1.diff() / slots_B).clamp(max=1), slots_B)
+        return cls(slots, (bags,), hits, (hits * hits_B1.diff() / slots_B).clamp(max=1), slots_B)
+
+    def in_chunks(self, bags: tuple[int, ...]) -> Load:
+        """The same with the batch cut into chunks of so many bags."""
+        return replace(self, chunks=bags)
+
+    @property
+    def bags(self) -> int:
+        """m."""
+        return sum(self.chunks)
 
     @property
     def hottest_share(self) -> float:
@@ -120,7 +132,11 @@ class Load:
 
     def rows(self, ranks: int) -> float:
         """U(R)."""
-        return _rows(self, ranks)
+        return self._rows_of(ranks * self.bags)
+
+    def rows_by_chunk(self, ranks: int) -> float:
+        """The same of each chunk for itself, added up."""
+        return sum(times * self._rows_of(ranks * bags) for bags, times in Counter(self.chunks).items())
 
     def missed_rows(self, ranks: int, places: int) -> float:
         """Of the rows that so many ranks hit in a step, those that a cache of the last so many does not have.
@@ -131,13 +147,16 @@ class Load:
         return _missed_rows(self, ranks, places)
 
     def owner_load(self, world: int, once: bool = False) -> float:
-        """Hits on the busiest owner over the mean of a step; `once`: of the rows that ranks ask for, each once.
+        """Hits on the busiest owner over the mean; `once`: of the rows that ranks ask for, each once a chunk.
 
         The mean over random placements of the maximum over owners.  The hottest slots are placed one by one; the sum
         of all others on an owner, and how the hits of a step differ from what is expected, are normal.  Deviations
         from the mean slot are what is placed, as every owner has as many slots.
         """
         return _owner_load(self, world, once)
+
+    def _rows_of(self, bags: int) -> float:
+        return _rows(self, bags)
 
     def _read_in(self, bags: int) -> Tensor:
         """Probability that any of so many bags reads a slot [B]."""
@@ -155,15 +174,14 @@ class CountedLoad(Load):
         """`bags` of them are a rank's."""
         row_ML = Placement.permuted(slots).row_of(slots_ML.to(torch.int64))
         hits_B = row_ML.unique(return_counts=True)[1].sort(descending=True).values
-        return cls(slots, bags, row_ML.shape[1], hits_B.double() / len(row_ML), torch.ones_like(hits_B), row_ML)
+        return cls(slots, (bags,), row_ML.shape[1], hits_B.double() / len(row_ML), torch.ones_like(hits_B), row_ML)
 
     def owners_of_bag(self, world: int) -> float:
         ordered_ML = (self.row_ML // shard_of(self.slots, world, 0)[0]).sort(dim=1).values
         return 1 + float((ordered_ML.diff(dim=1) != 0).sum()) / len(ordered_ML)
 
-    def rows(self, ranks: int) -> float:
-        of_ranks = ranks * self.bags
-        parts = self.row_ML[: len(self.row_ML) // of_ranks * of_ranks].split(of_ranks)
+    def _rows_of(self, bags: int) -> float:
+        parts = self.row_ML[: len(self.row_ML) // bags * bags].split(bags)
         return sum(len(part.unique()) for part in parts) / len(parts)
 
 
@@ -199,7 +217,7 @@ def expected_bytes(
     block, *_ = shard_of(load.slots, world, 0)
     if world == 1:
         return []
-    others, away, m = world - 1, (world - 1) / world, load.bags
+    others, away, m, chunks = world - 1, (world - 1) / world, load.bags, len(load.chunks)
     in_node = (ranks_per_node - 1) / others  # share of the other ranks
     messages: list[Message] = []
 
@@ -212,7 +230,7 @@ def expected_bytes(
     match strategy:
         case "row_pooled" | "row_pooled_sparse" | "two_level":
             skew = load.owner_load(world)
-            send("forward", "counts", 16 * others)
+            send("forward", "counts", 16 * others * chunks)
             if strategy != "row_pooled_sparse":
                 send("forward", "lengths", others * m * (1 if load.hits < 256 else 4))
             send("forward", "hits", hits_away * (row + weight), skew)
@@ -235,8 +253,9 @@ def expected_bytes(
             send("backward", "hits_gradient", hits_away * 4, skew)
         case "row_gather" | "row_gather_unique":
             unique = strategy == "row_gather_unique"
-            asked, skew = load.rows(1) * away if unique else hits_away, load.owner_load(world, once=unique)
-            send("forward", "counts", 8 * others)
+            asked = load.rows_by_chunk(1) * away if unique else hits_away
+            skew = load.owner_load(world, once=unique)
+            send("forward", "counts", 8 * others * chunks)
             send("forward", "rows", asked * row, skew)
             send("forward", "values", asked * value, skew)
             send("backward", "values_gradient", asked * value, skew)
@@ -246,7 +265,7 @@ def expected_bytes(
                 raise InputError(f"column: values of width {dim} leave a rank of {world} without columns")
             row, value = 4 if load.slots < 2**31 else 8, row_bytes(wire, columns)
             squares = 0 if optimizer == "sgd" else load.rows(world) * away * 4
-            send("forward", "counts", 8 * others)
+            send("forward", "counts", 8 * others * chunks)
             send("forward", "hits", others * m * load.hits * (row + weight))
             send("forward", "pooled", others * m * value)
             send("backward", "pooled_gradient", others * m * value)
@@ -285,8 +304,8 @@ def zipf(count: int, exponent: float) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _rows(load: Load, ranks: int) -> float:
-    return float((load.slots_B * load._read_in(ranks * load.bags)).sum())
+def _rows(load: Load, bags: int) -> float:
+    return float((load.slots_B * load._read_in(bags)).sum())
 
 
 @lru_cache(maxsize=64)
@@ -311,8 +330,10 @@ def _missed_rows(load: Load, ranks: int, places: int) -> float:
 def _owner_load(load: Load, world: int, once: bool) -> float:
     if world == 1:
         return 1.0
-    asks_B = load._read_in(load.bags) if once else load.bags * load.read_B  # of a rank
-    varying_B = asks_B * (1 - (asks_B if once else load.read_B))
+    # a slot is asked for once a chunk that reads it, or once a bag
+    reads = [(times, load._read_in(bags)) for bags, times in (Counter(load.chunks) if once else {1: load.bags}).items()]
+    asks_B = sum(times * read_B for times, read_B in reads)  # of a rank
+    varying_B = sum(times * read_B * (1 - read_B) for times, read_B in reads)
     mean = float((load.slots_B * asks_B).sum())
     deviation_B = (asks_B * world - mean * world / load.slots) / mean  # of a slot, where the mean owner has 1
     hot_B = load.slots_B.cumsum(0) <= _HOT

@@ -43,9 +43,10 @@ class Expected:
 
     layout: Layout
     slots: int
-    bags: int
+    bags: int  # of a chunk
     hits: int
-    of_a_rank: int | None  # distinct rows of its hits
+    of_a_chunk: int | None  # distinct rows of its hits
+    chunks: int
 
     @property
     def block(self) -> int:
@@ -59,13 +60,13 @@ class Expected:
 
     @property
     def stepped(self) -> int:
-        """Rows of a block that the hits of all ranks fall on."""
-        return _distinct(self.block, self.bags * self.hits)
+        """Rows of a block that the hits of all ranks and chunks fall on."""
+        return _distinct(self.block, self.chunks * self.bags * self.hits)
 
     def distinct(self, rows_of_hits: Tensor) -> int:
         """Rows that these fall on."""
-        if self.of_a_rank is not None and rows_of_hits.ndim == 2:
-            return self.of_a_rank
+        if self.of_a_chunk is not None and rows_of_hits.ndim == 2:
+            return self.of_a_chunk
         one_owner = rows_of_hits.ndim == 1 and self.layout.strategy not in ("column", "replicated")
         return _distinct(self.block if one_owner else self.slots, rows_of_hits.numel())
 

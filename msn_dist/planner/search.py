@@ -155,7 +155,7 @@ class Search:
 
     def _storage_W(self, layout: Layout, tables: list) -> list[Storage]:
         situation = self.situation
-        distinct = None if situation.memory is None else round(situation.load.rows(1))
+        distinct = None if situation.memory is None else round(situation.load.rows_by_chunk(1))
         return rank_storage(situation.config, situation.schema, layout, self.trace, tables, distinct)
 
 

@@ -25,6 +25,7 @@ from msn_dist.sharding.value_optimizer import state_bytes
 
 # one object for as many ranks as are looked at, with what it has worked out
 _zipf = lru_cache(maxsize=64)(Load.zipf)
+_in_chunks = lru_cache(maxsize=64)(Load.in_chunks)
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,11 @@ class Situation:
         """Of one table on one rank."""
         if self.memory is None:
             return None
-        bags, hits = self.rows * self.config.model.tokens, self.memory.heads * self.memory.top_k
-        groups = self.memory.parts(self.config.model.tokens)
-        return self.popularity.load(self.slots, bags, hits, groups)
+        tokens, chunks = self.config.model.tokens, self.memory.chunks
+        hits, groups = self.memory.heads * self.memory.top_k, self.memory.parts(tokens)
+        load = self.popularity.load(self.slots, self.rows * tokens, hits, groups)
+        rows, longer = divmod(self.rows, chunks)  # as torch.tensor_split cuts them
+        return _in_chunks(load, tuple(tokens * (rows + (chunk < longer)) for chunk in range(chunks)))
 
     @property
     def bare_layout(self) -> Layout:

@@ -6,7 +6,6 @@ and out, G experts.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ class Op:
     """One operation that moves data; views are left out."""
 
     name: str  # as torch names it, for example "aten.mm"
-    region: str  # "memory": keys, queries, retrieval and gate; "dense": the rest; "optimizer"
+    region: str  # of a memory "retrieval", up to its look-up, and "gate"; "dense": the rest; "optimizer"
     backward: bool
     flops: int  # of matrix products, 0 of the rest
     bytes: int  # read and written, every tensor once
@@ -78,8 +77,8 @@ class StepRecorder(LiveBytes):
         self.look_ups: list[LookUp] = []
         self._events = iter(events)
         self._pairs = sum(top_k // i for i in range(1, top_k + 1))
-        self._phase, self._region = "forward", "dense"
-        self._memory_nodes: list[range] = []
+        self._phase = "forward"
+        self._regions = [(0, "dense")]  # of the forward: number of the first autograd node, name
         self._held: set[int] = set()
         self._outputs: set[int] = set()
 
@@ -112,7 +111,8 @@ class StepRecorder(LiveBytes):
         shapes = tuple(tuple(x.shape) for x in inputs)
         elements = sum(out.numel() for out in outputs)
         dtype = str(inputs[0].dtype).removeprefix("torch.")
-        self.ops.append(Op(name, "memory", self._phase == "backward", flops, moved, elements, shapes, dtype))
+        backward = self._phase == "backward"
+        self.ops.append(Op(name, self._region_now(), backward, flops, moved, elements, shapes, dtype))
 
     def _cut(self) -> None:
         """End the span."""
@@ -126,6 +126,8 @@ class StepRecorder(LiveBytes):
     def look_up(self, look_up: LookUp) -> int:
         """Note the forward of one; returns its number."""
         self._cut()
+        if look_up.kind == "memory":
+            self._enter_region("gate")
         number = len(self.look_ups)
         self.look_ups.append(look_up)
         self._mark(number)
@@ -158,21 +160,22 @@ class StepRecorder(LiveBytes):
 
     def memory_begins(self, *_: Any) -> None:
         """Hook before a Memory's forward."""
-        self._region = "memory"
-        self._memory_nodes.append(range(torch.autograd._get_sequence_nr(), sys.maxsize))
+        self._enter_region("retrieval")
 
     def memory_ends(self, *_: Any) -> None:
         """Hook after it."""
-        self._region = "dense"
-        self._memory_nodes[-1] = range(self._memory_nodes[-1].start, torch.autograd._get_sequence_nr())
+        self._enter_region("dense")
+
+    def _enter_region(self, region: str) -> None:
+        self._regions.append((torch.autograd._get_sequence_nr(), region))
 
     def _region_now(self) -> str:
         if self._phase == "optimizer":
             return "optimizer"
         node = torch._C._current_autograd_node()  # None in the forward; numbered in the order of the forward
         if node is None:
-            return self._region
-        return "memory" if any(node._sequence_nr() in nodes for nodes in self._memory_nodes) else "dense"
+            return self._regions[-1][1]
+        return next(region for first, region in reversed(self._regions) if first <= node._sequence_nr())
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -3,13 +3,13 @@
 The formulas stand in the docstrings of the strategies (msn_dist/sharding); here they are for any deal of bags and hits
 to ranks.  `Traffic` of the exchange counts the same bytes under the same names.
 
-Shape suffixes: W ranks, WW from a rank (first) to an owner (second), M bags of a rank, L hits a bag.
+Shape suffixes: C chunks, W ranks, WW from a rank (first) to an owner (second), M bags of a rank, L hits a bag.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,8 +30,9 @@ class Demand:
     bags_W: Tensor
     hits_WW: Tensor
     pairs_WW: Tensor  # bags of the rank that have a hit on the owner
-    distinct_WW: Tensor  # rows of the owner that the rank's hits fall on
+    distinct_WW: Tensor  # rows of the owner that the rank's hits fall on, of each chunk for itself
     distinct: int  # rows that any rank's hits fall on
+    chunks: int = 1
 
     @staticmethod
     def of(slots_W: Sequence[Tensor], placement: Placement) -> Demand:
@@ -58,6 +59,13 @@ class Demand:
             distinct=len(torch.cat([row_ML.flatten() for row_ML in rows_W]).unique()),
         )
 
+    @staticmethod
+    def of_chunks(slots_CW: Sequence[Sequence[Tensor]], placement: Placement) -> Demand:
+        """The same of a step in chunks: slots_ML of each of them, on each rank."""
+        parts = [Demand.of(slots_W, placement) for slots_W in slots_CW]
+        whole = Demand.of([torch.cat(slots_C) for slots_C in zip(*slots_CW, strict=True)], placement)
+        return replace(whole, distinct_WW=sum(part.distinct_WW for part in parts), chunks=len(parts))
+
 
 def bytes_of_step(
     strategy: str,
@@ -81,7 +89,7 @@ def bytes_of_step(
     mine_W = (world - 1) * demand.bags_W  # this rank's bags, once for each other rank
 
     def headers(counts: int) -> dict[str, Tensor]:
-        return {"counts": torch.full((world,), 8 * counts * (world - 1))}
+        return {"counts": torch.full((world,), 8 * counts * (world - 1) * demand.chunks)}
 
     match strategy:
         case "row_pooled" | "row_pooled_sparse" | "two_level":

@@ -1,7 +1,7 @@
 """Strategies `row_gather` and `row_gather_unique`: owners return the rows, which are weighted at home.
 
 Weights do not travel, nor do their gradients.  Bytes a rank sends in a step, for hits of which A leave it (`unique`:
-for A distinct rows among those):
+for A distinct rows among those, of each chunk for itself):
 
     headers     8 a peer (counts)
     forward     A * 4 (rows)
@@ -79,9 +79,9 @@ class RowGather(RowSharded):
 
 
 class RowGatherUnique(RowGather):
-    """A row that many hits of a rank share is sent to it once, and its gradients go back added up.
+    """A row that many hits of a rank share is sent to it once a chunk, and its gradients go back added up.
 
-    Memory health counts it once a rank and step, as its owner sees it once.
+    Memory health counts it once a rank and chunk, as its owner sees it once.
     """
 
     once = False
