@@ -74,7 +74,7 @@ def at_once(*starts: tuple[list[str], dict[str, str]]) -> list[End]:
         for command, env in starts
     ]
     try:
-        outputs = [process.communicate(timeout=100) for process in processes]
+        outputs = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -34,7 +34,7 @@ def msn_on_two_ranks(folder: Path, arguments: list[str]) -> tuple[list[int | Non
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(60)  # only a hang takes so long
+        rank.join(180)  # only a hang takes so long
         rank.kill()
     return [rank.exitcode for rank in ranks], (folder / "output").read_text()
 

@@ -120,9 +120,14 @@ class ParquetReader:
             yield from self._read(units, 0)
             return
         share = _Share(self, _deal(units, self.workers))
-        # A generator of its own: otherwise the loader would draw from, and so change, the model's.
-        how = {"num_workers": self.workers, "pin_memory": self.pinned, "worker_init_fn": _share_by_name}
-        for item in DataLoader(share, batch_size=None, generator=torch.Generator(), **how):
+        how = {
+            "num_workers": self.workers,
+            "pin_memory": self.pinned,
+            "worker_init_fn": _share_by_name,
+            "multiprocessing_context": "fork",  # such a worker ends with its rank, one of a fork server never
+            "generator": torch.Generator(),  # otherwise the loader would draw from, and so change, the model's
+        }
+        for item in DataLoader(share, batch_size=None, **how):
             if isinstance(item, InputError):
                 raise item
             yield item
