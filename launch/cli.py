@@ -1,11 +1,13 @@
 """The `msn` command. Heavy libraries are imported by the command that needs them.
 
-Exit codes: 0 fine, 1 a failure inside (with a traceback), 2 bad input (one message), 3 a plan that does not fit (what
-would), 4 another rank was lost (what each of the others knows of it), 130 interrupted.
+Exit codes: 0 fine, 1 a failure inside (with a traceback) or a model that diverged (one message), 2 bad input or storage
+(one message), 3 a plan that does not fit (what would), 4 another rank was lost (what each of the others knows of it),
+130 interrupted.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import signal
@@ -21,10 +23,11 @@ from rich.console import Console
 from rich.text import Text
 
 import msn_dist
-from msn_dist.errors import InputError, PeerLost
+from msn_dist.errors import Diverged, InputError, PeerLost
 from msn_dist.launch.processes import PEER_LOST, choose_nproc, claim_failure, is_worker, launch
 from msn_dist.training.quiet import quiet_libraries
 
+_OF_THE_STORAGE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
 CHECKOUT = Path(msn_dist.__file__).resolve().parent.parent
 
 app = typer.Typer(
@@ -63,6 +66,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(2, str(error))
     except PeerLost as error:
         _fail(PEER_LOST, str(error))
+    except Diverged as error:
+        _fail(1, str(error))
+    except OSError as error:
+        if error.errno not in _OF_THE_STORAGE:
+            _fail(1, traceback.format_exc())
+        _fail(2, f"{error.filename or 'a file'}: cannot be read or written ({error.strerror})")
     except Exception:
         _fail(1, traceback.format_exc())
 
@@ -204,10 +213,10 @@ def kuairand(
 @prepare.command()
 def synthetic(
     target: Target = Path(".cache/synthetic"),
-    rows: Annotated[int, typer.Option(help="Training rows; valid and test get a tenth each.")] = 500_000,
+    rows: Annotated[int, typer.Option(min=10, help="Training rows; valid and test get a tenth each.")] = 500_000,
     users: Annotated[int, typer.Option(help="Number of users.")] = 20_000,
     items: Annotated[int, typer.Option(help="Number of items.")] = 10_000,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Invented impressions with Zipf ids and a structure that only a personalised memory can fit."""
     from msn_dist.data import synthetic

@@ -31,7 +31,7 @@ def calibrate(output: Path, device: str) -> None:
 
     with joined_ranks(TrainingConfig(device=device)) as ranks:
         console = Console(quiet=ranks.rank != 0, highlight=False, soft_wrap=True)
-        ranks.together(lambda: _require_folder(output))
+        ranks.together(lambda: _require_folder(output) if ranks.rank == 0 else None)
         with console.status("") as status:
 
             def say(line: str) -> None:
@@ -63,6 +63,10 @@ def _require_folder(output: Path) -> None:
         raise InputError(f"{output}: is a folder; name a file in it")
     if not output.resolve().parent.is_dir():
         raise InputError(f"{output}: there is no folder {output.resolve().parent}; make it, or name another file")
+    try:
+        output.touch()  # before anything is measured
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); name another file") from None
 
 
 def plan(

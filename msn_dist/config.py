@@ -79,6 +79,11 @@ class MemoryConfig(Part):
         "auto", description="back end of the search for slots; auto: triton on a GPU, else reference"
     )
 
+    def require_rows(self, rows: int) -> None:
+        """InputError if the rows of a rank are fewer than the chunks that they are to be cut into."""
+        if self.chunks > rows:
+            raise InputError(f"memory.chunks={self.chunks} is more than the {rows} rows of a rank; lower it")
+
     def parts(self, tokens: int) -> int:
         """Groups of tokens that each have N^2 slots of their own in the table."""
         return {"all": 1, "group": self.groups or 1, "token": tokens}[self.share]
@@ -272,7 +277,7 @@ class RunConfig(Part):
     union_tags: ClassVar[Mapping[str, type[Part]]] = _BACKBONES
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**47)  # ranks and memories have seeds of their own, made of it
     output: str = Field("runs", description="parent of the run directory")
     data: DataConfig
     model: ModelConfig = RankMixerConfig()

@@ -20,7 +20,7 @@ class Part(BaseModel):
     `union_tags` are the names by which the parts of a whole choose one of several classes.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     union_tags: ClassVar[Mapping[str, type[Part]]] = {}
 
 
@@ -47,7 +47,15 @@ def parse(kind: type[Part], tree: dict[str, Any], place: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-3 is a number, as every reader expects."""
+    """YAML 1.1 as PyYAML reads it, but 1e-3 is a number, as every reader expects, and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

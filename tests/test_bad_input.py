@@ -205,6 +205,10 @@ def test_the_launched_command_explains_bad_input_in_the_middle_of_training_once(
         ("model.width=15", "width=15 is not a multiple of tokens=2"),
         ("model={backbone: rankmixer, block: msn_smoe, tokens: 2, width: 20}", "must be multiples of 8"),
         ("model.block=ffn", "memory is set, but block: ffn carries none"),
+        ("memory.chunks=21", "memory.chunks=21 is more than the 20 rows of a rank; lower it"),
+        ("optimizer.dense.lr=.inf", "optimizer.dense.lr: input should be a finite number, found inf"),
+        ("seed=9223372036854775808", "seed: input should be less than 140737488355328, found 9223372036854775808"),
+        ("memory={sub_keys: 9, sub_keys: 8}", "is not valid YAML (sub_keys stands twice)"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_with_their_key(
@@ -213,6 +217,18 @@ def test_settings_that_cannot_be_are_refused_with_their_key(
     assert exit_code("train", str(config), override) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert message in error
+
+
+def test_what_the_storage_refuses_is_told_with_its_place(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "profile.json").mkdir()
+    assert exit_code("calibrate", "--output", str(tmp_path / "profile.json")) == 2
+    assert "profile.json: is a folder" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(CONFIG)
+    (tmp_path / "run" / "report.html").mkdir()
+    assert exit_code("report", str(tmp_path / "run")) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error == f"{tmp_path / 'run' / 'report.html'}: cannot be read or written (Is a directory)"
 
 
 def test_a_malformed_line_of_a_criteo_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

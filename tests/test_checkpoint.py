@@ -340,7 +340,13 @@ def test_a_folder_that_cannot_be_written_or_read_is_bad_input(tmp_path: Path) ->
         with pytest.raises(InputError, match="nowhere: the checkpoint cannot be read .*No such file"):
             tensors_in(tmp_path / "nowhere", ranks)
         checkpoint.write(tmp_path / "checkpoint", state, ranks)
-        next((tmp_path / "checkpoint").glob("*.distcp")).unlink()
+        file = max((tmp_path / "checkpoint").glob("*.distcp"), key=lambda path: path.stat().st_size)
+        whole = file.read_bytes()
+        for damaged in (whole[: len(whole) // 2], b"", b"\xff" * len(whole)):
+            file.write_bytes(damaged)
+            with pytest.raises(InputError, match=f"cannot be read .rank 0: {file} is truncated or damaged"):
+                read(tmp_path / "checkpoint", state, ranks)
+        file.unlink()
         with pytest.raises(InputError, match="checkpoint: the checkpoint cannot be read .*rank 0"):
             read(tmp_path / "checkpoint", state, ranks)
 

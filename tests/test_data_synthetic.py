@@ -79,6 +79,17 @@ def test_ids_follow_a_zipf_law_within_their_range():
     assert "segment" not in columns
 
 
+def test_a_folder_that_holds_anything_else_is_not_replaced(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").touch()
+    for target in (tmp_path / "runs", tmp_path / "runs" / "demo", tmp_path / "runs" / "demo" / "data"):
+        with pytest.raises(InputError, match=f"{target}: "):
+            synthetic.prepare(target, rows=100)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo"]
+    (tmp_path / "empty").mkdir()
+    synthetic.prepare(tmp_path / "empty", rows=100)
+
+
 @pytest.mark.parametrize("settings, message", [({"rows": 5}, "rows is too small"), ({"zipf": 1}, "zipf=1 must be")])
 def test_impossible_settings_are_refused(tmp_path, settings, message):
     with pytest.raises(InputError, match=message):

@@ -383,6 +383,15 @@ def test_more_nodes_are_spoken_of_where_there_may_be_some() -> None:
         assert ("times the nodes" in str(plan(one, rounding=False, date="2026-01-01"))) == tried
 
 
+def test_what_a_plan_decides_otherwise_than_the_config_is_told() -> None:
+    here = situation(1, 2, sub_keys=64)
+    found = plan(here, rounding=False, date="2026-01-01")
+    assert found.overruled(found.applied_to(here.config, here.schema)) == ""
+    other = here.config.memory.model_copy(update={"strategy": "column", "wire": "int8"})
+    config = here.config.model_copy(update={"memory": other})
+    assert found.overruled(config) == f"memory.strategy={found.memory.strategy} for column, memory.wire=fp32 for int8"
+
+
 def test_a_plan_is_refused_for_other_data() -> None:
     here = situation(1, 2, sub_keys=64)
     found = PlanFile.model_validate_json(plan(here, rounding=False, date="2026-01-01").model_dump_json())

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from msn_dist.config import dump_config
 from msn_dist.data.schema import Schema
+from msn_dist.errors import InputError
 
 SPLITS = ("train", "valid", "test")
 ROW_GROUP = 8_192
@@ -37,13 +38,25 @@ def is_current(target: Path, stamp: str) -> bool:
     return path.is_file() and path.read_text() == stamp
 
 
+def is_replaceable(target: Path) -> bool:
+    """Whether nothing is lost with it but what `prepare` can write again."""
+    return target.is_dir() and ((target / _STAMP).is_file() or not any(target.iterdir()))
+
+
 @contextmanager
 def new_folder(target: Path, stamp: str) -> Iterator[Path]:
-    """A folder beside `target` to write into; it takes the place of `target` only if the block succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """A folder beside `target` to write into; it takes the place of `target` only if the block succeeds.
+
+    InputError if `target` is anything else than such a folder of before, an empty one or a free name.
+    """
+    if target.exists() and not is_replaceable(target):
+        raise InputError(f"{target}: is no prepared data set, and would be replaced; name a new or an empty folder")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        partial.mkdir()
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{target}: cannot write a folder here ({error.strerror}); name another") from None
         yield partial
         (partial / _STAMP).write_text(stamp)
         shutil.rmtree(target, ignore_errors=True)

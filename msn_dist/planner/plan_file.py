@@ -132,6 +132,14 @@ class PlanFile(Part):
         tree = config.memory.model_dump() | self.memory.model_dump()
         return config.model_copy(update={"memory": parse(MemoryConfig, tree, "the plan's memory")})
 
+    def overruled(self, config: RunConfig) -> str:
+        """What it decides otherwise than `config`, in words; empty if nothing."""
+        if self.memory is None or config.memory is None:
+            return ""
+        pairs = {name: (value, getattr(config.memory, name)) for name, value in self.memory.model_dump().items()}
+        changes = [f"memory.{name}={ours} for {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+        return ", ".join(changes)
+
     def require_machine(self, name: str) -> None:
         """InputError if the run's devices are not those that the plan counts with."""
         if name != self.machine:

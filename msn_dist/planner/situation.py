@@ -90,8 +90,7 @@ class Situation:
         for (key, back_end), reason in reasons.items():
             if reason is not None and getattr(memory, key) == back_end:
                 raise InputError(f"memory.{key}={back_end}: {reason}; set memory.{key} to auto or reference")
-        if memory.chunks > self.rows:
-            raise InputError(f"memory.chunks={memory.chunks} is more than the {self.rows} rows of a rank; lower it")
+        memory.require_rows(self.rows)
 
     def _why_not_in_fbgemm(self, value_dtype: str) -> str | None:
         return why_not_in_fbgemm(VALUE_DTYPES[value_dtype], torch.device(self.machine.kind), self.optimizer)

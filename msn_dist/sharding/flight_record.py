@@ -243,7 +243,7 @@ def _who(posts: dict[int, _Post] | None, missing: list[int], failed: _Exchange |
 def _is_of_a_peer(error: Exception) -> bool:
     if isinstance(error, dist.DistError):
         return "ncclInvalid" not in str(error)  # NCCL's words for wrong use
-    return _GLOO.match(str(error)) is not None
+    return _GLOO.match(str(error)) is not None or _GLOO_GAVE_UP in str(error)
 
 
 def _reason(error: Exception) -> str:
@@ -258,6 +258,7 @@ def _first_line(text: str) -> str:
 # What gloo puts before the failure of a connection ([.../gloo/transport/tcp/pair.cc:553] Connection closed by peer),
 # but not before that of a check (it begins with "[enforce fail at").
 _GLOO = re.compile(r"\[\S*gloo/transport/\S+\] ")
+_GLOO_GAVE_UP = "Application timeout caused pair closure"  # without that, where another thread has waited too long
 
 
 def _timeout(group: dist.ProcessGroup) -> float | None:

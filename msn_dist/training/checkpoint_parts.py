@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Shard
 from torch.futures import Future
 from torch.utils._pytree import tree_map
@@ -151,8 +153,15 @@ class ByThreads(FileSystemReader):
         for item in plan.items:
             items_of[self.storage_data[item.storage_index].relative_path].append(item)
         read = super().read_data
+
+        def read_file(name: str, items: list[ReadItem]) -> None:
+            try:
+                read(replace(plan, items=items), planner).wait()
+            except (RuntimeError, EOFError, UnpicklingError) as error:
+                raise OSError(f"{Path(self.path, name)} is truncated or damaged") from error
+
         with ThreadPoolExecutor(self._count) as pool:
-            parts = [pool.submit(read, replace(plan, items=items), planner) for items in items_of.values()]
+            parts = [pool.submit(read_file, name, items) for name, items in items_of.items()]
         for part in parts:
             part.result()
         return read(replace(plan, items=[]), planner)

@@ -39,9 +39,10 @@ def train(config: RunConfig, run_path: Path, init: Path | None = None, plan_path
     with joined_ranks(config.training) as ranks:
         schema = ranks.together(lambda: load_schema(config.data.path))
         run = RunDirectory(run_path)
-        planned = None
+        planned, overruled = None, ""
         if plan_path is not None:
             planned = ranks.together(lambda: load_plan(plan_path))
+            overruled = planned.overruled(config)
             config = planned.applied_to(config, schema)
             planned.require_ranks(ranks.world, ranks.local_world)
             ranks.together(lambda: planned.require_machine(device_name(ranks.device)))
@@ -64,6 +65,8 @@ def train(config: RunConfig, run_path: Path, init: Path | None = None, plan_path
                 console.say(f"memory back ends: {chosen}")
             if config.memory is not None and config.memory.tier == "host" and ranks.device.type == "cpu":
                 console.say("note: memory.tier=host: on a CPU all memory is the host's, so this changes nothing")
+            if overruled:
+                console.say(f"note: the plan has {overruled}")
             if origin is not None:
                 console.say(str(origin))
             trainer.fit(console, keep_start=origin is not None)

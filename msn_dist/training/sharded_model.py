@@ -40,6 +40,7 @@ def build_sharded_model(
     """
     if config.memory is not None:
         width = config.memory.value_dim or config.model.width
+        config.memory.require_rows(config.data.batch_size // ranks.world)
         ranks.together(lambda: _require_back_ends(config, width, ranks.device))
         by = config.memory.strategy, config.memory.group_ranks
         ranks.together(lambda: require_ranks(*by, width, ranks.world, ranks.local_world))
