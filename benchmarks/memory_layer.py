@@ -96,7 +96,7 @@ def _step(model: nn.Module, x_BTD: Tensor, upstream_BTD: Tensor) -> tuple[Tensor
     model.zero_grad(set_to_none=True)
     out_BTD = model(x_BTD)
     out_BTD.backward(upstream_BTD)
-    queries = next(p for name, p in model.named_parameters() if name.endswith("row.query.weight"))
+    queries = next(p for name, p in model.named_parameters() if name.endswith("keys.query_XD"))
     return out_BTD.detach(), x_BTD.grad, queries.grad
 
 
