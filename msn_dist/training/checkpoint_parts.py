@@ -157,8 +157,11 @@ class ByThreads(FileSystemReader):
         def read_file(name: str, items: list[ReadItem]) -> None:
             try:
                 read(replace(plan, items=items), planner).wait()
+            except torch.OutOfMemoryError:  # no fault of the file
+                raise
             except (RuntimeError, EOFError, UnpicklingError) as error:
-                raise OSError(f"{Path(self.path, name)} is truncated or damaged") from error
+                why = str(error).partition("\n")[0] or type(error).__name__
+                raise OSError(f"{Path(self.path, name)} is truncated or damaged: {why}") from error
 
         with ThreadPoolExecutor(self._count) as pool:
             parts = [pool.submit(read_file, name, items) for name, items in items_of.items()]
