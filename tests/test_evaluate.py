@@ -56,6 +56,18 @@ def test_ranks_that_the_strategy_of_the_run_does_not_fit_evaluate_it_all_the_sam
     assert output.splitlines() == [*notes, *metrics_of(trained)]
 
 
+def test_of_a_run_that_has_not_ended_no_step_is_told(
+    trained: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(trained.path, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    run.evaluate(tmp_path / "run")
+    step = trained.summary()["best_step"]
+    assert capsys.readouterr().out.splitlines() == [
+        line.replace(f"step {step} ", "step unknown ") for line in metrics_of(trained)
+    ]
+
+
 def test_a_strategy_that_is_asked_for_has_to_fit(trained: RunDirectory, tmp_path: Path) -> None:
     exit_codes, output = msn_on_two_ranks(tmp_path, ["evaluate", str(trained.path), "memory.group_ranks=3"])
     assert exit_codes == [2, 2]

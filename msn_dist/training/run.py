@@ -102,7 +102,7 @@ def evaluate(run_path: Path, split: str = "test", overrides: list[str] = ()) -> 
         require_shapes(model, shapes, checkpoint, rule)
         load_model(checkpoint, model, ranks)
         metrics = evaluate_model(model, data, schema, ranks, config.training.precision)
-        step = (run.summary() or {}).get("best_step", 0)
+        step = (run.summary() or {}).get("best_step", "unknown")  # of a run that has not ended
         console.evaluation({"split": split, "step": step, "metrics": metrics})
         del model
     return metrics
