@@ -1,8 +1,8 @@
 """The `msn` command. Heavy libraries are imported by the command that needs them.
 
-Exit codes: 0 fine, 1 a failure inside (with a traceback) or a model that diverged (one message), 2 bad input or storage
-(one message), 3 a plan that does not fit (what would), 4 another rank was lost (what each of the others knows of it),
-130 interrupted.
+Exit codes: 0 fine, 1 a failure inside (with a traceback) or a model that diverged (one message), 2 bad input, storage
+that refuses or too little memory (one message), 3 a plan that does not fit (what would), 4 another rank was lost (what
+each of the others knows of it), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if error.errno not in _OF_THE_STORAGE:
             _fail(1, traceback.format_exc())
         _fail(2, f"{error.filename or 'a file'}: cannot be read or written ({error.strerror})")
-    except Exception:
-        _fail(1, traceback.format_exc())
+    except Exception as error:
+        lacking = _memory_that_lacks(error)
+        _fail(2 if lacking else 1, lacking or traceback.format_exc())
 
 
 @app.callback(invoke_without_command=True)
@@ -102,6 +103,7 @@ def train(
     from msn_dist.training.run_directory import new_run_path
 
     run = load_config(config, overrides)
+    _only_here(nproc)
     if not is_worker():
         out = out or new_run_path(run)
         processes = choose_nproc(nproc, run.training.device)
@@ -110,8 +112,6 @@ def train(
             command += ["--init", str(init)] if init is not None else []
             command += ["--plan", str(plan)] if plan is not None else []
             raise typer.Exit(launch(command, processes))
-    elif nproc is not None:
-        raise InputError(f"--nproc {nproc}: torchrun has started {os.environ['WORLD_SIZE']} processes; leave it out")
     # Ranks that do not share a parent cannot agree on a free name, so theirs is fixed.
     out = out or Path(run.output, run.name)
 
@@ -172,11 +172,20 @@ def evaluate(
         list[str], typer.Argument(metavar="KEY=VALUE", help="Where and how it runs, for example training.device=cpu.")
     ] = (),
     split: Annotated[Split, typer.Option(help="Rows to evaluate on.")] = "test",
+    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; default: one per GPU, or 1.")] = None,
 ) -> None:
     """Print the metrics of a trained model.
 
-    On several ranks, start it by torchrun: torchrun --nproc-per-node 2 -m msn_dist.launch evaluate RUN
+    On several nodes, start it by torchrun: torchrun --nnodes 2 ... -m msn_dist.launch evaluate RUN
     """
+    from msn_dist.training.run_directory import RunDirectory
+
+    device = RunDirectory.open(run).config(overrides).training.device
+    _only_here(nproc)
+    if not is_worker() and (processes := choose_nproc(nproc, device)) > 1:
+        command = ["-m", "msn_dist.launch", "evaluate", str(run), *overrides, "--split", Split(split).value]
+        raise typer.Exit(launch(command, processes))
+
     from msn_dist.training import run as training
 
     training.evaluate(run, Split(split).value, overrides)
@@ -241,6 +250,22 @@ def criteo(
 
     criteo.prepare(sources, target, hash_rows=hash_rows, min_count=min_count)
     typer.echo(f"{target} is ready")
+
+
+def _only_here(nproc: int | None) -> None:
+    if is_worker() and nproc is not None:
+        raise InputError(f"--nproc {nproc}: torchrun has started {os.environ['WORLD_SIZE']} processes; leave it out")
+
+
+def _memory_that_lacks(error: Exception) -> str | None:
+    """What to tell if a device or the host has run out of memory, else None."""
+    if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):  # torch is not imported
+        return None
+    said = str(error).rpartition("DefaultCPUAllocator: ")[2]
+    return (
+        f"rank {os.environ.get('RANK', '0')} ran out of memory: {said}\n"
+        "`msn plan CONFIG --topology FILE` says what each rank takes and which changes would fit"
+    )
 
 
 def _fail(code: int, explanation: str) -> NoReturn:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from test_data_criteo import line
 from two_ranks import msn_on_two_ranks
 
@@ -141,6 +142,11 @@ CASES = {
         ["model.attention=true"],
         "features.sequence_tables: table 'item' is read as sequences, and its 1 rows leave a rank of 2 without any; ",
     ),
+    "values beyond the memory of the host": (
+        lambda data: None,
+        ["memory.sub_keys=1048576"],
+        "memory: the values of this node's ranks take 64 TiB, and ",
+    ),
     "groups of all ranks": (
         lambda data: None,
         ["memory.strategy=two_level", "memory.group_ranks=2"],
@@ -229,6 +235,25 @@ def test_what_the_storage_refuses_is_told_with_its_place(tmp_path: Path, capsys:
     assert exit_code("report", str(tmp_path / "run")) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error == f"{tmp_path / 'run' / 'report.html'}: cannot be read or written (Is a directory)"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 GiB."), "CUDA out of memory. Tried to"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate"), "can't al"),
+    ],
+)
+def test_running_out_of_memory_is_one_message_with_what_tells_more(
+    error: Exception, says: str, config: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("msn_dist.training.run.train", train)
+    assert exit_code("train", str(config), "--nproc", "1") == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"rank 0 ran out of memory: {says}") and second.startswith("`msn plan CONFIG --topology")
 
 
 def test_a_malformed_line_of_a_criteo_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

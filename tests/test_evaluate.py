@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +21,7 @@ from msn_dist.training.evaluated_config import on_these_ranks
 from msn_dist.training.run_directory import RunDirectory
 from tiny_data import MEMORY, SCHEMA, config_of, write_data
 
+ROOT = Path(__file__).parent.parent
 GROUPS = {"strategy": "two_level", "group_ranks": 2}  # of four ranks, say; on one rank all strategies are the same
 
 
@@ -54,6 +58,20 @@ def test_ranks_that_the_strategy_of_the_run_does_not_fit_evaluate_it_all_the_sam
     exit_codes, output = msn_on_two_ranks(tmp_path, ["evaluate", str(trained.path), *overrides])
     assert exit_codes == [0, 0], output
     assert output.splitlines() == [*notes, *metrics_of(trained)]
+
+
+def test_as_many_processes_as_are_asked_for_evaluate_a_run(trained: RunDirectory, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "msn_dist.launch", "evaluate", str(trained.path), "--nproc", "2", "--split", "valid"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    note, *lines = result.stdout.splitlines()
+    assert note == NOTE and lines and all(line.startswith("valid ") for line in lines)
 
 
 def test_of_a_run_that_has_not_ended_no_step_is_told(

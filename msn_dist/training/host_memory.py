@@ -1,4 +1,4 @@
-"""Whether the host has room for values that are to lie in its memory (memory.tier: host).
+"""Whether the host has room for values that are to lie in its memory: on a CPU, or by memory.tier: host.
 
 Without this look the system would end a process without a word, after minutes of filling the table.
 """
@@ -10,6 +10,15 @@ from pathlib import Path
 
 from msn_dist.errors import InputError
 from msn_dist.units import binary
+
+
+def require_cpu_memory(values: int, free: int | None) -> None:
+    """InputError unless `free` bytes are enough for `values` bytes, those of all ranks of a node that has no GPUs."""
+    if free is not None and values > free:
+        raise InputError(
+            f"memory: the values of this node's ranks take {binary(values)}, and {binary(free)} of its memory is free; "
+            "use more nodes, fewer memory.sub_keys, or a smaller memory.value_dim or memory.value_dtype"
+        )
 
 
 def require_host_memory(values: int, free: int | None) -> None:

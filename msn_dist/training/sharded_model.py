@@ -23,7 +23,7 @@ from msn_dist.planner.plan_file import PlanFile
 from msn_dist.sharding import MemoryValuesSharder, ShardedMemoryValues, ValueOptimizer
 from msn_dist.sharding.lookup import choose_lookup
 from msn_dist.sharding.strategies import require_ranks
-from msn_dist.training.host_memory import free_host_bytes, require_host_memory
+from msn_dist.training.host_memory import free_host_bytes, require_cpu_memory, require_host_memory
 from msn_dist.training.ranks import Ranks
 
 
@@ -48,9 +48,7 @@ def build_sharded_model(
     for memory in ranker.memories().values():
         memory.values.to_be_loaded = to_be_loaded
     counts = count_parameters(ranker)
-    if config.memory is not None and config.memory.tier == "host" and ranks.device.type == "cuda":
-        values = sum(memory.values.weight.nbytes for memory in ranker.memories().values())
-        ranks.together(lambda: require_host_memory(values * ranks.local_world // ranks.world, free_host_bytes()))
+    ranks.together(lambda: _require_host(config, ranker, ranks))
     adagrad = {
         "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         "learning_rate": config.optimizer.ids.lr,
@@ -103,6 +101,16 @@ def _require_back_ends(config: RunConfig, value_dim: int, device: torch.device) 
     choose_retrieval(memory.retrieval, device.type, memory.top_k, memory.sub_keys, memory.key_dim)
     dtype, optimizer = VALUE_DTYPES[memory.value_dtype], config.optimizer.values.kind
     choose_lookup(memory.lookup, device, value_dim, dtype, optimizer, memory.tier)
+
+
+def _require_host(config: RunConfig, ranker: Ranker, ranks: Ranks) -> None:
+    on_cpu = ranks.device.type == "cpu"
+    if config.memory is None or not (on_cpu or config.memory.tier == "host"):
+        return
+    values = sum(memory.values.weight.nbytes for memory in ranker.memories().values())
+    shares = 1 if config.memory.strategy == "replicated" else ranks.world
+    require = require_cpu_memory if on_cpu else require_host_memory
+    require(values * ranks.local_world // shares, free_host_bytes())
 
 
 def _value_optimizer(config: OptimizerConfig) -> ValueOptimizer:
