@@ -184,6 +184,17 @@ def test_long_runs_are_thinned_and_gaps_stay_gaps() -> None:
     assert (pieces(whole.svg), pieces(gap.svg)) == (1, 2)
 
 
+def test_a_thinned_curve_begins_and_ends_where_it_does() -> None:
+    few, ever = [step / 1e6 for step in range(1000)], [step / 1000 for step in range(1000)]
+
+    def ends(x: list[float], y: list[float]) -> tuple[str, str]:
+        svg = line_chart("title", "how", [Line("hits", x, y)], bottom=0, top_at_least=1.1).svg
+        numbers = re.search(r'<path d="M ([^"]*)"[^>]*var\(--series-0\)', svg)[1].split("L")
+        return numbers[0].strip(), numbers[-1].strip()
+
+    assert ends([*few, 1.0], [*ever, 1.0]) == ends([0.0, 1.0], [0.0, 1.0])
+
+
 def test_a_curve_without_a_finite_value_has_no_last_value() -> None:
     assert line_chart("title", "how", [Line("loss", [1, 2], [None, None])]).legend == [("loss", "-", "--series-0")]
 

@@ -236,13 +236,14 @@ def _legend(labels: Iterable[str], values: Iterable[str]) -> list[tuple[str, str
 
 
 def _thin(line: Line) -> tuple[np.ndarray, np.ndarray]:
-    """At most _MAX_POINTS points: means of neighbours, which keep a gap where one of them is not finite."""
+    """At most _MAX_POINTS points: the first, the last, and between them means of neighbours, which keep a gap where one
+    of them is not finite."""
     x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
     if len(x) <= _MAX_POINTS:
         return x, y
-    starts = np.linspace(0, len(x), _MAX_POINTS, endpoint=False).astype(int)
-    sizes = np.diff([*starts, len(x)])
-    return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
+    starts = np.linspace(1, len(x) - 1, _MAX_POINTS - 2, endpoint=False).astype(int)
+    sizes = np.diff([*starts, len(x) - 1])
+    return tuple(np.concatenate([z[:1], np.add.reduceat(z[:-1], starts) / sizes, z[-1:]]) for z in (x, y))
 
 
 def _series(number: int) -> str:
