@@ -123,6 +123,17 @@ def test_evaluating_a_run_on_one_rank_repeats_the_metrics_of_two(
         assert metrics[task] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # torch's own words, which a run silences
+def test_more_readers_than_cores_are_told_of_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    settings = ["model.attention=false", "training.epochs=1", "training.max_steps=2"]
+    for workers, notes in ((1, []), (2, ["note: 2 reader processes (data.workers) on 1 core; fewer may be faster"])):
+        run.train(load_config(folder / "config.yaml", [*settings, f"data.workers={workers}"]), folder / f"by{workers}")
+        assert [line for line in capsys.readouterr().out.splitlines() if "reader" in line] == notes
+
+
 def test_a_checkpoint_that_finds_no_room_is_left_out_and_the_last_state_is_tested(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -16,6 +16,7 @@ def quiet_libraries() -> None:
     # torchrec 1.6 on torch 2.11, whenever it makes a ShardingEnv
     warnings.filterwarnings("ignore", "`_get_pg_default_device` will be deprecated|Multiple backends are", UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torchrec\..*|torch\.distributed\..*")
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # a run says it itself, once
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # "is_fx_tracing will return true"
     # "will NOT be pipelined": memory slots are born in the forward, so it is so on purpose.
     logging.getLogger("torchrec.distributed.train_pipeline.utils").setLevel(logging.ERROR)

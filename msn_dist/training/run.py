@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from msn_dist.config import RunConfig
@@ -65,6 +66,10 @@ def train(config: RunConfig, run_path: Path, init: Path | None = None, plan_path
                 console.say(f"memory back ends: {chosen}")
             if config.memory is not None and config.memory.tier == "host" and ranks.device.type == "cpu":
                 console.say("note: memory.tier=host: on a CPU all memory is the host's, so this changes nothing")
+            readers, cores = config.data.workers * ranks.local_world, len(os.sched_getaffinity(0))
+            if readers > cores:
+                on = f"{cores} core{'s' * (cores > 1)}"
+                console.say(f"note: {readers} reader processes (data.workers) on {on}; fewer may be faster")
             if overruled:
                 console.say(f"note: the plan has {overruled}")
             if origin is not None:
