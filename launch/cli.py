@@ -103,7 +103,7 @@ def train(
     from msn_dist.training.run_directory import new_run_path
 
     run = load_config(config, overrides)
-    _only_here(nproc)
+    _refuse_beside_torchrun(nproc)
     if not is_worker():
         out = out or new_run_path(run)
         processes = choose_nproc(nproc, run.training.device)
@@ -181,7 +181,7 @@ def evaluate(
     from msn_dist.training.run_directory import RunDirectory
 
     device = RunDirectory.open(run).config(overrides).training.device
-    _only_here(nproc)
+    _refuse_beside_torchrun(nproc)
     if not is_worker() and (processes := choose_nproc(nproc, device)) > 1:
         command = ["-m", "msn_dist.launch", "evaluate", str(run), *overrides, "--split", Split(split).value]
         raise typer.Exit(launch(command, processes))
@@ -252,7 +252,7 @@ def criteo(
     typer.echo(f"{target} is ready")
 
 
-def _only_here(nproc: int | None) -> None:
+def _refuse_beside_torchrun(nproc: int | None) -> None:
     if is_worker() and nproc is not None:
         raise InputError(f"--nproc {nproc}: torchrun has started {os.environ['WORLD_SIZE']} processes; leave it out")
 
