@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from test_data_criteo import line
-from two_ranks import msn_on_two_ranks
+from two_ranks import msn_launched, msn_on_two_ranks
 
 from msn_dist.launch.cli import main
 from tiny_data import ROW_GROUPS, write_data, write_split
@@ -173,14 +170,7 @@ def test_training_on_two_ranks_ends_with_exit_code_2_and_one_message(case: str, 
 def test_the_launched_command_explains_bad_input_in_the_middle_of_training_once(config: Path) -> None:
     BAD_ID(config.parent / "data")
     command = ["train", str(config), "--nproc", "2", "--out", str(config.parent / "run")]
-    result = subprocess.run(
-        [sys.executable, "-m", "msn_dist.launch", *command],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = msn_launched(ROOT, command)
     assert result.returncode == 2
     assert result.stderr == BAD_ID_MESSAGE.format(data=config.parent / "data") + "\n"
     assert result.stdout.splitlines()[-1].startswith("step ")

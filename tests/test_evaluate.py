@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from two_ranks import msn_on_two_ranks
+from two_ranks import msn_launched, msn_on_two_ranks
 
 from msn_dist.config import load_config
 from msn_dist.data.folder import write_schema
@@ -21,7 +18,6 @@ from msn_dist.training.evaluated_config import on_these_ranks
 from msn_dist.training.run_directory import RunDirectory
 from tiny_data import MEMORY, SCHEMA, config_of, write_data
 
-ROOT = Path(__file__).parent.parent
 GROUPS = {"strategy": "two_level", "group_ranks": 2}  # of four ranks, say; on one rank all strategies are the same
 
 
@@ -61,14 +57,7 @@ def test_ranks_that_the_strategy_of_the_run_does_not_fit_evaluate_it_all_the_sam
 
 
 def test_as_many_processes_as_are_asked_for_evaluate_a_run(trained: RunDirectory, tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "msn_dist.launch", "evaluate", str(trained.path), "--nproc", "2", "--split", "valid"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = msn_launched(tmp_path, ["evaluate", str(trained.path), "--nproc", "2", "--split", "valid"])
     assert result.returncode == 0, result.stderr
     note, *lines = result.stdout.splitlines()
     assert note == NOTE and lines and all(line.startswith("valid ") for line in lines)

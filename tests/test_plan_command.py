@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from two_ranks import msn_launched
 
 from msn_dist.config import dump_config
 from msn_dist.launch.cli import main
@@ -77,14 +78,7 @@ def run(folder: Path, planned: Path) -> tuple[str, RunDirectory]:
     tables["user"] = {"sharding": "table_wise", "rank": 1}
     (folder / "moved.json").write_text(json.dumps(tree))
     command = ["train", "config.yaml", "--plan", "moved.json", "--nproc", "2", "--out", "run"]
-    done = subprocess.run(
-        [sys.executable, "-m", "msn_dist.launch", *command],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = msn_launched(folder, command)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout, RunDirectory.open(folder / "run")

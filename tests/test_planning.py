@@ -124,6 +124,7 @@ SCENARIOS = {
     "one node": (situation(1, 8), "row_pooled"),
     "eight nodes": (situation(8, 8, zipf=1.05), "row_gather_unique"),
     "32 nodes": (situation(32, 8, sub_keys=65_536), "row_pooled_sparse"),
+    "64 nodes": (situation(64, 8, sub_keys=65_536), "row_gather"),
 }
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from two_ranks import msn_launched
 
 from msn_dist.config import dump_config, load_config
 from msn_dist.memory import values
@@ -37,14 +36,7 @@ def finished(folder: Path) -> RunDirectory:
     settings = {"device": "cpu", "epochs": 2, "log_every": 7}
     (folder / "config.yaml").write_text(dump_config(config_of(folder / "data", "msn_ffn", training=settings)))
     command = ["train", str(folder / "config.yaml"), "seed=6", "--nproc", "2", "--out", str(folder / "run")]
-    result = subprocess.run(
-        [sys.executable, "-m", "msn_dist.launch", *command],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = msn_launched(ROOT, command)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return RunDirectory.open(folder / "run")

@@ -1,14 +1,30 @@
-"""The command on two ranks of this machine, in the environment that torchrun gives."""
+"""The command as a user starts it, and on two ranks of this machine in the environment that torchrun gives."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from msn_dist.launch.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def msn_launched(folder: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """`msn` in a process of its own, in `folder`."""
+    return subprocess.run(
+        [sys.executable, "-m", "msn_dist.launch", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def msn_on_two_ranks(folder: Path, arguments: list[str]) -> tuple[list[int | None], str]:
