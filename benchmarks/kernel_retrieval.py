@@ -8,7 +8,10 @@ k best in no order: either torch.sort orders them, or all k * k pairs take part.
 A provider passes if the true scores of the slots that it selected are those of `reference.retrieve`, its weights are
 their softmax, and its gradients those of that softmax; each within the rounding of its scores.
 
-Shape suffixes: M queries, H = 1 heads, N sub-keys of an axis, E key width of one half, K hits, C pairs that can win.
+Ours takes both axes in one tensor, and peers take them apart, as either is fastest.
+
+Shape suffixes: A = 2 axes, M queries, H = 1 heads, N sub-keys of an axis, E key width of one half, K hits, C pairs that
+can win.
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ from msn_dist.kernels import reference
 _SETS = 3  # of inputs
 _TRUTH_SCORES = 2**27  # at a time
 
+Joined = tuple[Tensor, Tensor]  # queries_AMHE, keys_AHNE
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # row and column queries [M, 1, E], row and column keys [1, N, E]
 Selection = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # scores_MN, k -> best_MK, index_MK
-Retrieval = Callable[[Inputs], tuple[Tensor, Tensor]]  # slots_MK, weights_MK
+Retrieval = Callable[[Inputs | Joined], tuple[Tensor, Tensor]]  # slots_MK, weights_MK
 Outputs = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # slots_MK, weights_MK, gradients of the inputs or none
 
 
@@ -55,13 +59,12 @@ class Shape:
         where = {"dtype": "bf16", "queries": self.queries, "sub_keys": self.sub_keys, "key_dim": self.key_dim}
         return Case("retrieval", mode, where | {"k": self.k}, moved, flops)
 
-    def inputs(self, seed: int, device: str) -> Inputs:
+    def inputs(self, seed: int, device: str) -> Joined:
         """Normal values, which is what LayerNorm leaves."""
         generator = torch.Generator(device).manual_seed(seed)
         make = partial(torch.randn, generator=generator, device=device)
-        queries = [make(self.queries, 1, self.key_dim).bfloat16() for _ in range(2)]
-        keys = [make(1, self.sub_keys, self.key_dim).bfloat16() for _ in range(2)]
-        return queries[0], queries[1], keys[0], keys[1]
+        queries_AMHE = torch.stack([make(self.queries, 1, self.key_dim).bfloat16() for _ in range(2)])
+        return queries_AMHE, torch.stack([make(1, self.sub_keys, self.key_dim).bfloat16() for _ in range(2)])
 
 
 SHAPES = (
@@ -99,7 +102,8 @@ def run(bench: Bench, quick: bool, airtopk: Path) -> None:
             case = shape.case(mode)
             for name, make, rounding in providers(shape, airtopk, mode):
                 check = partial(truth.problem, rounding=rounding)
-                bench.run(case, name, partial(_call, make, sets, shape, mode), check, _SETS)
+                call = partial(_call, make, sets, shape, mode, joined=name == OURS)
+                bench.run(case, name, call, check, _SETS)
             if mode == "forward":
                 bench.run(case, "score products alone, bf16", partial(_products_alone, sets), sets=_SETS)
 
@@ -118,9 +122,14 @@ def providers(shape: Shape, airtopk: Path, mode: str) -> Iterator[tuple[str, Cal
             yield f"raft auto, scores {kind}", partial(_raft_auto, shape, dtype, airtopk), rounding
 
 
-def _call(make: Callable[[], Retrieval], sets: list[Inputs], shape: Shape, mode: str) -> Call:
-    """i -> Outputs of input set i."""
+def _apart(joined: Joined) -> Inputs:
+    return *joined[0].unbind(), *joined[1].unbind()
+
+
+def _call(make: Callable[[], Retrieval], sets: list[Joined], shape: Shape, mode: str, *, joined: bool = False) -> Call:
+    """i -> Outputs of input set i; `joined` as it is, else apart."""
     retrieval = make()
+    sets = sets if joined else [_apart(inputs) for inputs in sets]
     if mode == "forward":
 
         def forward(i: int) -> Outputs:
@@ -133,7 +142,8 @@ def _call(make: Callable[[], Retrieval], sets: list[Inputs], shape: Shape, mode:
 
     def both(i: int) -> Outputs:
         slots_MK, weights_MK = retrieval(leaves[i])
-        return slots_MK, weights_MK.detach(), torch.autograd.grad(weights_MK, leaves[i], gradient_MK)
+        gradients = torch.autograd.grad(weights_MK, leaves[i], gradient_MK)
+        return slots_MK, weights_MK.detach(), _apart(gradients) if joined else gradients
 
     return both
 
@@ -144,9 +154,9 @@ def weights_gradient(shape: Shape, device: torch.device) -> Tensor:
     return torch.randn(shape.queries, shape.k, generator=generator, device=device)
 
 
-def _products_alone(sets: list[Inputs]) -> Call:
+def _products_alone(sets: list[Joined]) -> Call:
     def products(i: int) -> tuple[Tensor, Tensor]:
-        row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE = sets[i]
+        row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE = _apart(sets[i])
         return row_queries_MHE[:, 0] @ row_keys_HNE[0].T, col_queries_MHE[:, 0] @ col_keys_HNE[0].T
 
     return products
@@ -158,7 +168,7 @@ def _ours(shape: Shape, mode: str) -> Retrieval:
     else:
         from msn_dist.kernels.ops import retrieve
 
-    def retrieval(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def retrieval(inputs: Joined) -> tuple[Tensor, Tensor]:
         slots_MHK, weights_MHK = retrieve(*inputs, shape.k, shape.tau)
         return slots_MHK[:, 0], weights_MHK[:, 0]
 
@@ -259,13 +269,12 @@ class _WideProduct(torch.autograd.Function):
 class Truth:
     """What one input set should give, from kernels/reference.py in float32."""
 
-    def __init__(self, inputs: Inputs, shape: Shape) -> None:
-        self._inputs, self._shape = inputs, shape
-        step = max(1, _TRUTH_SCORES // shape.sub_keys)
-        row_queries_MHE, col_queries_MHE, *keys = inputs
-        parts = zip(row_queries_MHE.split(step), col_queries_MHE.split(step), strict=True)
-        slots_MK = torch.cat([reference.retrieve(*part, *keys, shape.k, shape.tau)[0][:, 0] for part in parts])
-        self._best_MK = self._scores_of(slots_MK, inputs).sort(dim=1, descending=True).values
+    def __init__(self, inputs: Joined, shape: Shape) -> None:
+        self._inputs, self._shape = _apart(inputs), shape
+        queries_AMHE, keys_AHNE = inputs
+        parts = queries_AMHE.split(max(1, _TRUTH_SCORES // shape.sub_keys), dim=1)
+        slots_MK = torch.cat([reference.retrieve(part, keys_AHNE, shape.k, shape.tau)[0][:, 0] for part in parts])
+        self._best_MK = self._scores_of(slots_MK, self._inputs).sort(dim=1, descending=True).values
         self._largest = self._best_MK.abs().max().item()
 
     def problem(self, outputs: Outputs, rounding: Rounding) -> str | None:

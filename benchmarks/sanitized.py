@@ -14,7 +14,8 @@ import sys
 
 import torch
 
-from msn_dist.kernels import bucketing, gate, ops, query_norm
+from msn_dist.kernels import bucketing, gate, ops
+from msn_dist.kernels.search import Search
 
 # M, N, E, k: the last two with the backward for few sub-keys, the very last in bf16 alone
 RETRIEVALS = ((2048, 1024, 64, 32), (1024, 4096, 64, 32), (256, 32768, 64, 32), (513, 100, 48, 17), (2048, 256, 64, 32))
@@ -42,7 +43,7 @@ def run_all(device: torch.device) -> None:
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float32):
         for queries, sub_keys, width, k in RETRIEVALS:
-            shapes = [(queries, 1, width)] * 2 + [(1, sub_keys, width)] * 2
+            shapes = (2, queries, 1, width), (2, 1, sub_keys, width)
             operands = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
             _, weights_MHK = ops.retrieve(*operands, k, width**-0.5)
             weights_MHK.square().sum().backward()
@@ -52,8 +53,11 @@ def run_all(device: torch.device) -> None:
             gated(shape, dtype, device)
         for queries, heads, width in NORMS:
             projected_MX = torch.randn(queries, 2 * heads * width, device=device).to(dtype).requires_grad_()
-            gamma_AE, beta_AE = (torch.randn(2, width, device=device, requires_grad=True) for _ in range(2))
-            torch.cat(query_norm.query_norm(projected_MX, gamma_AE, beta_AE, 1e-5, dtype)).sum().backward()
+            shapes = (2, heads, 100, width), (2, heads, width, width), *[(2, width)] * 4
+            codes, theta, *norms = (torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
+            search = Search(8, width**-0.5, 1e-5, mix=False)
+            _, weights_MHK = search(projected_MX, codes, theta, norms[:2], norms[2:], dtype)
+            weights_MHK.square().sum().backward()
     for ranks in RANKS:
         row_ML = torch.randint(2**20, (BAGS, HITS), device=device)
         bucketing.bucket_hits(row_ML, -(-(2**20) // ranks), ranks)

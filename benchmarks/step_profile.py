@@ -74,8 +74,8 @@ def _grouped_product(one: Sequence[int], other: Sequence[int], *_: Any, **__: An
 
 
 def _scores(products: int) -> Any:
-    def both_axes(queries: Sequence[int], _: Any, keys: Sequence[int], *__: Any, **___: Any) -> int:
-        return products * 4 * math.prod(queries) * keys[1]
+    def both_axes(queries: Sequence[int], keys: Sequence[int], *_: Any, **__: Any) -> int:
+        return products * 2 * math.prod(queries) * keys[2]
 
     return both_axes
 

@@ -14,7 +14,6 @@ queries; in kernels M queries of one block, N and E padded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +34,9 @@ class Shape:
     programs: int = sizes.COMPARING_PROGRAMS
 
 
-def fits(keys_HNE: Tensor) -> bool:
+def fits(keys_AHNE: Tensor) -> bool:
     """Whether all sub-keys of a head and their sums fit into a program."""
-    return sizes.compares(*keys_HNE.shape[1:], keys_HNE.dtype)
+    return sizes.compares(*keys_AHNE.shape[2:], keys_AHNE.dtype)
 
 
 def shape_for(dtype: torch.dtype) -> Shape:
@@ -46,15 +45,15 @@ def shape_for(dtype: torch.dtype) -> Shape:
 
 
 def gradients(
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
+    queries_AMHE: Tensor,
+    keys_AHNE: Tensor,
     slots_MHK: Tensor,
     weights_MHK: Tensor,
     gradient_MHK: Tensor,
     tau: float,
     shape: Shape | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of queries_MHE and keys_HNE of the row and the column axis, in their dtypes.
+) -> tuple[Tensor, Tensor]:
+    """Gradients of queries_AMHE, in their dtype, and of keys_AHNE in float32.
 
     slots_MHK: int64, row * N + column.  weights_MHK and their gradient_MHK: float32.  All is contiguous, and the keys
     `fit`: nothing is checked.  `shape` overrides `shape_for`.
@@ -63,10 +62,10 @@ def gradients(
     units as three tf32 products each, as the gradients have more range than float16.
     """
     count, heads, k = slots_MHK.shape
-    sub_keys, width = keys[0].shape[1:]
-    dtype, device = keys[0].dtype, keys[0].device
+    sub_keys, width = keys_AHNE.shape[2:]
+    dtype, device = keys_AHNE.dtype, keys_AHNE.device
     shape = shape or shape_for(dtype)
-    of_queries = torch.empty_like(queries[0]), torch.empty_like(queries[1])
+    of_queries_AMHE = torch.empty_like(queries_AMHE)
     index_AHKM = torch.empty(2, heads, k, count, dtype=torch.int16, device=device)
     dz_HKM = torch.empty(heads, k, count, device=device)
     each, splits = sizes.compared_splits(count, heads, shape.queries, shape.programs)
@@ -87,11 +86,11 @@ def gradients(
             block=64,
         )
         _gradients_kernel[(splits, 2 * heads)](
-            *queries,
-            *keys,
+            *queries_AMHE.unbind(),
+            *keys_AHNE.unbind(),
             index_AHKM,
             dz_HKM,
-            *of_queries,
+            *of_queries_AMHE.unbind(),
             sums_SAHNE,
             count,
             heads,
@@ -107,8 +106,7 @@ def gradients(
             scalar=interpreted(),
             num_warps=shape.warps,
         )
-    row_HNE, col_HNE = sums_SAHNE.sum(0)
-    return *of_queries, row_HNE.to(dtype, copy=True), col_HNE.to(dtype, copy=True)
+    return of_queries_AMHE, sums_SAHNE.sum(0)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -6,8 +6,8 @@ never exists, so the two halves are called by the look-up's own autograd functio
 Each has a function of its name that is for callers: under torch.compile it is the operator, else what the operator
 runs, since an operator costs the host, which a GPU often waits for, several times as much.
 
-Shape suffixes: M queries, H heads, N sub-keys of an axis, E key width of one half, K hits of a head; R rows of a value
-table, D its width, G bags, and H hits in the sparse operators.
+Shape suffixes: A = 2 axes, M queries, H heads, N sub-keys of an axis, E key width of one half, K hits of a head; R rows
+of a value table, D its width, G bags, and H hits in the sparse operators.
 """
 
 from __future__ import annotations
@@ -35,41 +35,33 @@ def _for_callers(operator: Callable, plain: Callable) -> Callable:
 
 
 @torch.library.custom_op("msn_dist::retrieve", mutates_args=())
-def retrieve_op(
-    row_queries_MHE: Tensor, col_queries_MHE: Tensor, row_keys_HNE: Tensor, col_keys_HNE: Tensor, k: int, tau: float
-) -> tuple[Tensor, Tensor]:
+def retrieve_op(queries_AMHE: Tensor, keys_AHNE: Tensor, k: int, tau: float) -> tuple[Tensor, Tensor]:
     """`retrieve` as an operator."""
-    return retrieval.retrieve(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, tau)
+    return retrieval.retrieve(queries_AMHE, keys_AHNE, k, tau)
 
 
 @retrieve_op.register_fake
-def _(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, tau):
-    shape_MHK = (*row_queries_MHE.shape[:2], k)
-    weights_MHK = row_queries_MHE.new_empty(shape_MHK, dtype=torch.float32)
+def _(queries_AMHE, keys_AHNE, k, tau):
+    weights_MHK = queries_AMHE.new_empty((*queries_AMHE.shape[1:3], k), dtype=torch.float32)
     return torch.empty_like(weights_MHK, dtype=torch.int64), weights_MHK
 
 
 @torch.library.custom_op("msn_dist::retrieve_backward", mutates_args=())
 def retrieve_backward_op(
-    row_queries_MHE: Tensor,
-    col_queries_MHE: Tensor,
-    row_keys_HNE: Tensor,
-    col_keys_HNE: Tensor,
+    queries_AMHE: Tensor,
+    keys_AHNE: Tensor,
     slots_MHK: Tensor,
     weights_MHK: Tensor,
     gradient_MHK: Tensor,
     tau: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the operands of `retrieve`, shaped and typed as they are."""
-    return retrieval.retrieve_backward(
-        row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, slots_MHK, weights_MHK, gradient_MHK, tau
-    )
+) -> tuple[Tensor, Tensor]:
+    """Gradients of queries_AMHE, in their dtype, and of keys_AHNE in float32."""
+    return retrieval.retrieve_backward(queries_AMHE, keys_AHNE, slots_MHK, weights_MHK, gradient_MHK, tau)
 
 
 @retrieve_backward_op.register_fake
-def _(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, slots_MHK, weights_MHK, gradient_MHK, tau):
-    operands = (row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE)
-    return tuple(operand.new_empty(operand.shape) for operand in operands)
+def _(queries_AMHE, keys_AHNE, slots_MHK, weights_MHK, gradient_MHK, tau):
+    return torch.empty_like(queries_AMHE), keys_AHNE.new_empty(keys_AHNE.shape, dtype=torch.float32)
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -78,13 +70,17 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(*operands, *output)
 
 
-def _gradients(ctx, _, gradient_MHK):
+def _gradients(backward, ctx, gradient_MHK) -> tuple[Tensor | None, ...]:
     if gradient_MHK is None:
-        return (None,) * 6
-    return *retrieve_backward_op(*ctx.saved_tensors, gradient_MHK, ctx.tau), None, None
+        return (None,) * 4
+    queries_AMHE, keys_AHNE, *found = ctx.saved_tensors
+    of_queries_AMHE, of_keys_AHNE = backward(queries_AMHE, keys_AHNE, *found, gradient_MHK, ctx.tau)
+    return of_queries_AMHE, of_keys_AHNE.to(keys_AHNE.dtype), None, None
 
 
-retrieve_op.register_autograd(_gradients, setup_context=_keep)
+retrieve_op.register_autograd(
+    lambda ctx, _, gradient_MHK: _gradients(retrieve_backward_op, ctx, gradient_MHK), setup_context=_keep
+)
 
 
 class _Retrieve(Function):
@@ -100,16 +96,12 @@ class _Retrieve(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _, gradient_MHK):
-        if gradient_MHK is None:
-            return (None,) * 6
-        return *retrieval.retrieve_backward(*ctx.saved_tensors, gradient_MHK, ctx.tau), None, None
+        return _gradients(retrieval.retrieve_backward, ctx, gradient_MHK)
 
 
-def _retrieve(
-    row_queries_MHE: Tensor, col_queries_MHE: Tensor, row_keys_HNE: Tensor, col_keys_HNE: Tensor, k: int, tau: float
-) -> tuple[Tensor, Tensor]:
-    """slots_MHK (int64) and weights_MHK (float32), as `kernels.retrieval.retrieve`; differentiable to all operands."""
-    return _Retrieve.apply(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, tau)
+def _retrieve(queries_AMHE: Tensor, keys_AHNE: Tensor, k: int, tau: float) -> tuple[Tensor, Tensor]:
+    """slots_MHK (int64) and weights_MHK (float32), as `kernels.retrieval.retrieve`; differentiable to both operands."""
+    return _Retrieve.apply(queries_AMHE, keys_AHNE, k, tau)
 
 
 retrieve = _for_callers(retrieve_op, _retrieve)

@@ -37,24 +37,17 @@ def product_key_topk(row_scores_MN: Tensor, col_scores_MN: Tensor, k: int) -> tu
     return scores_MK, row_MK * row_scores_MN.shape[1] + col_MK
 
 
-def retrieve(
-    row_queries_MHE: Tensor,
-    col_queries_MHE: Tensor,
-    row_keys_HNE: Tensor,
-    col_keys_HNE: Tensor,
-    k: int,
-    tau: float,
-) -> tuple[Tensor, Tensor]:
+def retrieve(queries_AMHE: Tensor, keys_AHNE: Tensor, k: int, tau: float) -> tuple[Tensor, Tensor]:
     """slots_MHK (int64, row * N + column, best first) and weights_MHK, their softmax, float32 at least.
 
-    H heads with their own sub-keys, E key width of one half.  Scores are (q . key) * tau, in float32 at least
-    whatever the operands are: 16-bit scores would tie.  Differentiable through the weights.
+    A = 2 axes, row and column; H heads with their own sub-keys, E key width of one half.  Scores are (q . key) * tau,
+    in float32 at least whatever the operands are: 16-bit scores would tie.  Differentiable through the weights.
     """
-    dtype = torch.promote_types(row_queries_MHE.dtype, torch.float32)
-    with torch.autocast(row_queries_MHE.device.type, enabled=False):
+    dtype = torch.promote_types(queries_AMHE.dtype, torch.float32)
+    with torch.autocast(queries_AMHE.device.type, enabled=False):
         row_MHN, col_MHN = (
             torch.einsum("mhe,hne->mhn", queries_MHE.to(dtype), keys_HNE.to(dtype)) * tau
-            for queries_MHE, keys_HNE in ((row_queries_MHE, row_keys_HNE), (col_queries_MHE, col_keys_HNE))
+            for queries_MHE, keys_HNE in zip(queries_AMHE, keys_AHNE, strict=True)
         )
     scores_XK, slots_XK = product_key_topk(row_MHN.flatten(0, 1), col_MHN.flatten(0, 1), k)
     shape_MH = row_MHN.shape[:2]

@@ -8,12 +8,11 @@
 Exact with respect to the float32 scores, and deterministic; ties are broken as the three files say.  The backward comes
 from the k selected entries alone: no [M, N] scores and no gradient of their size exist in either direction.
 
-Shape suffixes: M queries, H heads, N sub-keys of an axis, E key width of one half, K hits.
+Shape suffixes: A = 2 axes (row, column), M queries, H heads, N sub-keys of an axis, E key width of one half, K hits;
+G = A * M * H bags, X = A * H * N keys.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -29,23 +28,17 @@ from msn_dist.kernels.sparse_scatter import scatter_sum
 from msn_dist.kernels.survivors import survivors
 
 
-def retrieve(
-    row_queries_MHE: Tensor,
-    col_queries_MHE: Tensor,
-    row_keys_HNE: Tensor,
-    col_keys_HNE: Tensor,
-    k: int,
-    tau: float,
-) -> tuple[Tensor, Tensor]:
+def retrieve(queries_AMHE: Tensor, keys_AHNE: Tensor, k: int, tau: float) -> tuple[Tensor, Tensor]:
     """slots_MHK (int64, row * N + column, best first) and weights_MHK (float32): `reference.retrieve` without autograd.
 
-    All four are float32, bfloat16 or float16, of one dtype; products are accumulated in float32.  float32 operands go
+    Both are float32, bfloat16 or float16, of one dtype; products are accumulated in float32.  float32 operands go
     through the matrix units as three tf32 products each, which keeps about 22 bits.
 
     Raises:
         ValueError: for shapes, dtypes, k, N or E that the kernels do not take.
     """
-    queries, keys = _checked(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, tau)
+    _check(queries_AMHE, keys_AHNE, k, tau)
+    queries, keys = queries_AMHE.contiguous().unbind(), keys_AHNE.contiguous().unbind()
     count, heads, _ = queries[0].shape
     slots_MHK = torch.empty(count, heads, k, dtype=torch.int64, device=queries[0].device)
     weights_MHK = torch.empty(count, heads, k, device=queries[0].device)
@@ -64,40 +57,35 @@ def retrieve(
 
 
 def retrieve_backward(
-    row_queries_MHE: Tensor,
-    col_queries_MHE: Tensor,
-    row_keys_HNE: Tensor,
-    col_keys_HNE: Tensor,
+    queries_AMHE: Tensor,
+    keys_AHNE: Tensor,
     slots_MHK: Tensor,
     weights_MHK: Tensor,
     gradient_MHK: Tensor,
     tau: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of both queries and both keys, in their dtypes, from the gradient of the weights.
+) -> tuple[Tensor, Tensor]:
+    """Gradients of queries_AMHE, in their dtype, and of keys_AHNE in float32, from the gradient of the weights.
 
     dz_j = tau * w_j * (dw_j - sum_l w_l dw_l);  dq = sum_j dz_j K[I_j];  dK[I] = sum of dz * q over the hits of I.
 
     By products where sub-keys are few (`key_gradient`), else by sorting the hits; either repeats to the bit.
     """
-    given = row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE
-    found = slots_MHK, weights_MHK, gradient_MHK
-    given, found = ([tensor.contiguous() for tensor in tensors] for tensors in (given, found))
-    if key_gradient.fits(row_keys_HNE):
-        return key_gradient.gradients(given[:2], given[2:], *found, tau)
-    return sorted_gradients(given[:2], given[2:], *found, tau)
+    tensors = queries_AMHE, keys_AHNE, slots_MHK, weights_MHK, gradient_MHK
+    by = key_gradient.gradients if key_gradient.fits(keys_AHNE) else sorted_gradients
+    return by(*(tensor.contiguous() for tensor in tensors), tau)
 
 
 def sorted_gradients(
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
+    queries_AMHE: Tensor,
+    keys_AHNE: Tensor,
     slots_MHK: Tensor,
     weights_MHK: Tensor,
     gradient_MHK: Tensor,
     tau: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """`key_gradient.gradients` for any N and E: by a gather from the keys, and a sum over the hits sorted by key."""
     count, heads, k = slots_MHK.shape
-    sub_keys, width = keys[0].shape[1:]
+    sub_keys, width = keys_AHNE.shape[2:]
     bags, keys_of_axis = count * heads, heads * sub_keys
     # Both axes as one: bags of the column axis and their keys come after those of the row axis.
     keys_GK = torch.empty(2 * bags, k, dtype=torch.int32, device=slots_MHK.device)
@@ -117,15 +105,10 @@ def sorted_gradients(
             padded_k=triton.next_power_of_2(k),
             block=32,
         )
-    keys_XE = torch.cat(keys).view(2 * keys_of_axis, width)
-    of_queries = [
-        sparse_gather(keys_XE, keys_GK[axis], dz_GK[axis], out_dtype=queries[0].dtype).view(count, heads, width)
-        for axis in (slice(bags), slice(bags, None))
-    ]
-    queries_GE = torch.cat(queries).view(2 * bags, width)
-    sums_XE = scatter_sum(queries_GE, keys_GK, dz_GK, 2 * keys_of_axis)
-    of_keys = [sums.to(keys[0].dtype, copy=True).view_as(keys[0]) for sums in sums_XE.split(keys_of_axis)]
-    return *of_queries, *of_keys
+    keys_XE = keys_AHNE.view(2 * keys_of_axis, width)
+    of_queries_GE = sparse_gather(keys_XE, keys_GK, dz_GK, out_dtype=queries_AMHE.dtype)
+    of_keys_XE = scatter_sum(queries_AMHE.view(2 * bags, width), keys_GK, dz_GK, 2 * keys_of_axis)
+    return of_queries_GE.view_as(queries_AMHE), of_keys_XE.view_as(keys_AHNE)
 
 
 @triton.jit(do_not_specialize=["bags"])
@@ -164,28 +147,21 @@ def _scores_gradient_kernel(
     tl.store(keys + of_col, (first + heads * sub_keys) + col, mask=mask)
 
 
-def _checked(
-    row_queries: Tensor, col_queries: Tensor, row_keys: Tensor, col_keys: Tensor, k: int, tau: float
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    operands = {
-        "row_queries": row_queries, "col_queries": col_queries, "row_keys": row_keys, "col_keys": col_keys,
-    }  # fmt: skip
-    for name, operand in operands.items():
-        if operand.dim() != 3:
-            raise ValueError(f"{name} of shape {tuple(operand.shape)} must have 3 dimensions")
+def _check(queries_AMHE: Tensor, keys_AHNE: Tensor, k: int, tau: float) -> None:
+    for name, operand in (("queries", queries_AMHE), ("keys", keys_AHNE)):
+        if operand.dim() != 4 or len(operand) != 2:
+            raise ValueError(f"{name} of shape {tuple(operand.shape)} must have 4 dimensions, the first of them 2 axes")
         if operand.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} of {operand.dtype}: the kernels take float32, bfloat16 and float16")
-        if (operand.dtype, operand.device) != (row_queries.dtype, row_queries.device):
-            raise ValueError(
-                f"{name} is {operand.dtype} on {operand.device}, but row_queries {row_queries.dtype} on "
-                f"{row_queries.device}: make them alike"
-            )
-    heads, sub_keys, width = row_keys.shape
-    if row_queries.shape != col_queries.shape or row_keys.shape != col_keys.shape:
-        raise ValueError("both axes must have queries of one shape and keys of one shape")
-    if row_queries.shape[1:] != (heads, width):
+    if (keys_AHNE.dtype, keys_AHNE.device) != (queries_AMHE.dtype, queries_AMHE.device):
         raise ValueError(
-            f"queries end in {tuple(row_queries.shape[1:])}, but the keys have (heads, E) = {(heads, width)}"
+            f"keys are {keys_AHNE.dtype} on {keys_AHNE.device}, but queries {queries_AMHE.dtype} on "
+            f"{queries_AMHE.device}: make them alike"
+        )
+    heads, sub_keys, width = keys_AHNE.shape[1:]
+    if queries_AMHE.shape[2:] != (heads, width):
+        raise ValueError(
+            f"queries end in {tuple(queries_AMHE.shape[2:])}, but the keys have (heads, E) = {(heads, width)}"
         )
     if not 1 <= k <= min(MAX_K, sub_keys):
         raise ValueError(f"k={k} must be at least 1 and at most {MAX_K} and the {sub_keys} sub-keys")
@@ -195,4 +171,3 @@ def _checked(
         raise ValueError(f"keys of width {width} are wider than the {MAX_KEY_DIM} that the kernels take")
     if tau <= 0:
         raise ValueError(f"tau={tau} must be positive")
-    return (row_queries.contiguous(), col_queries.contiguous()), (row_keys.contiguous(), col_keys.contiguous())

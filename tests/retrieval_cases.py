@@ -1,15 +1,17 @@
 """Operands of a retrieval, and the scores of any slots.
 
-Shape suffixes: M queries, H heads, N sub-keys of an axis, E key width of one half, K hits.
+Shape suffixes: A = 2 axes, M queries, H heads, N sub-keys of an axis, E key width of one half, K hits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from msn_dist.kernels import retrieval
 from triton_device import DEVICE
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -22,6 +24,22 @@ def operands(queries: int, heads: int, sub_keys: int, width: int, dtype: torch.d
     generator = torch.Generator().manual_seed(seed)
     shapes = [(queries, heads, width)] * 2 + [(heads, sub_keys, width)] * 2
     return tuple(torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
+
+
+def joined(given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """queries_AMHE and keys_AHNE, as a retrieval takes them."""
+    return torch.stack(list(given[:2])), torch.stack(list(given[2:]))
+
+
+def retrieve(*given: Any) -> Found:
+    """`retrieval.retrieve` of Operands, k and tau."""
+    return retrieval.retrieve(*joined(given[:4]), *given[4:])
+
+
+def retrieve_backward(*given: Any) -> list[Tensor]:
+    """`retrieval.retrieve_backward` of Operands and the rest: gradients of either axis's queries and keys."""
+    of_queries_AMHE, of_keys_AHNE = retrieval.retrieve_backward(*joined(given[:4]), *given[4:])
+    return [*of_queries_AMHE, *of_keys_AHNE]
 
 
 def scores_of(slots_MHK: Tensor, given: Sequence[Tensor], tau: float) -> Tensor:

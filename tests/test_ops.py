@@ -24,9 +24,9 @@ COMPILED = {"backend": "aot_eager", "fullgraph": True}
 
 
 def operands(queries: int = 5, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Queries and keys of two heads, 9 sub-keys and width 16, that require gradients."""
+    """Queries and keys of two axes and two heads, 9 sub-keys and width 16, that require gradients."""
     generator = torch.Generator().manual_seed(queries)
-    shapes = [(queries, 2, 16)] * 2 + [(2, 9, 16)] * 2
+    shapes = (2, queries, 2, 16), (2, 2, 9, 16)
     return [torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_() for shape in shapes]
 
 
@@ -85,8 +85,8 @@ def test_both_back_ends_retrieve_the_same_with_the_same_gradients(dtype: torch.d
 
 def test_the_operators_compile_without_a_graph_break() -> None:
     def pooled(*inputs: Tensor) -> Tensor:
-        *queries_and_keys, values_RD, moment_R = inputs
-        slots_MHK, weights_MHK = ops.retrieve(*queries_and_keys, 4, 0.25)
+        queries_AMHE, keys_AHNE, values_RD, moment_R = inputs
+        slots_MHK, weights_MHK = ops.retrieve(queries_AMHE, keys_AHNE, 4, 0.25)
         bags = slots_MHK.flatten(1), weights_MHK.detach().flatten(1), None
         pooled_GD = ops.sparse_gather(values_RD, *bags)
         numbers = [0.1, 1e-8, 0.9, 0.999]
@@ -98,7 +98,7 @@ def test_the_operators_compile_without_a_graph_break() -> None:
     for function in (pooled, torch.compile(pooled, **COMPILED)):
         inputs = [*operands(), values_RD.clone(), torch.zeros(81, device=DEVICE)]
         function(*inputs).backward()
-        results.append([*inputs[4:], *(operand.grad for operand in inputs[:4])])
+        results.append([*inputs[2:], *(operand.grad for operand in inputs[:2])])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
     assert not torch.equal(results[1][0], values_RD), "rows are stepped"

@@ -25,6 +25,7 @@ from msn_dist.sharding.cache_size import WAYS, cache_sets
 from msn_dist.sharding.cached_lookup import CachedLookup
 from msn_dist.sharding.lookup import ValueOptimizer
 from msn_dist.training.plan_card import plan_card
+from msn_dist.units import binary
 
 GIB = 2**30
 LARGE = {"sub_keys": 32_768, "value_dim": 64}  # 2^30 slots: 256 GiB of values in fp32
@@ -213,7 +214,7 @@ def test_the_host_tier_is_offered_where_the_topology_or_the_config_left_it_out()
     assert change == "memory.tier=host, host_gib in the topology"
     chosen = planned(with_host(situation(1, 1, **LARGE), host_gib=1e4))
     on_host = sum(sum(bytes_W) for bytes_W in chosen.host_storage.values())
-    assert sizes.strip() == f"{max(chosen.bytes_W) / GIB:.2f} GiB, host {on_host / GIB:.1f} GiB"
+    assert sizes.strip() == f"{binary(max(chosen.bytes_W))}, host {binary(on_host)}"
     settings = {"value_dtype": "bf16", "lookup": "triton", "chunks": 2}
     _, _, *changes = lines_of(planned(with_host(situation(1, 1, **LARGE | {"value_dim": 128} | settings))))
     offer = "  memory.tier=host memory.lookup=auto memory.value_dtype=fp16 memory.chunks=1  "

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from retrieval_cases import BF16, FP16, FP32, Found, Operands, assert_same, operands, scores_of
+from retrieval_cases import (
+    BF16,
+    FP16,
+    FP32,
+    Found,
+    Operands,
+    assert_same,
+    joined,
+    operands,
+    retrieve,
+    retrieve_backward,
+    scores_of,
+)  # fmt: skip
 from torch import Tensor
 
 from msn_dist.kernels import reference, retrieval
-from msn_dist.kernels.retrieval import retrieve, retrieve_backward
 from msn_dist.kernels.sizes import survivors_of
 from msn_dist.kernels.survivors import survivors
 from triton_device import DEVICE
@@ -23,7 +34,7 @@ def assert_retrieved(found: Found, given: Operands, k: int, tau: float, atol: fl
     slots_MHK, weights_MHK = found
     exact = [operand.double() for operand in given]
     sub_keys = given[2].shape[1]
-    true_slots_MHJ, true_weights_MHJ = reference.retrieve(*exact, min(k + 1, sub_keys), tau)
+    true_slots_MHJ, true_weights_MHJ = reference.retrieve(*joined(exact), min(k + 1, sub_keys), tau)
     assert (slots_MHK.dtype, weights_MHK.dtype) == (torch.int64, FP32)
     assert slots_MHK.shape == weights_MHK.shape == true_slots_MHJ[..., :k].shape
     assert_distinct_and_inside(slots_MHK, sub_keys)
@@ -201,17 +212,17 @@ def test_an_infinite_score_comes_first_or_never(infinity: float, dtype: torch.dt
 
 
 def test_strided_operands_give_the_same() -> None:
-    given = operands(5, 2, 40, 16)
+    given = joined(operands(5, 2, 40, 16))
     wide = tuple(torch.stack([operand, torch.full_like(operand, float("nan"))], -1)[..., 0] for operand in given)
-    turned = tuple(operand.transpose(0, 1).contiguous().transpose(0, 1) for operand in given)
-    found = retrieve(*given, 3, 0.25)
+    turned = tuple(operand.transpose(0, 2).contiguous().transpose(0, 2) for operand in given)
+    found = retrieval.retrieve(*given, 3, 0.25)
     gradient_MHK = torch.randn(found[1].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    expected = retrieve_backward(*given, *found, gradient_MHK, 0.25)
+    expected = retrieval.retrieve_backward(*given, *found, gradient_MHK, 0.25)
     turned_MHK = gradient_MHK.transpose(0, 2).contiguous().transpose(0, 2)
     for strided in (wide, turned):
         assert not any(operand.is_contiguous() for operand in strided)
-        assert_same(retrieve(*strided, 3, 0.25), found)
-        gradients = retrieve_backward(*strided, *found, turned_MHK, 0.25)
+        assert_same(retrieval.retrieve(*strided, 3, 0.25), found)
+        gradients = retrieval.retrieve_backward(*strided, *found, turned_MHK, 0.25)
         assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
 
 
@@ -230,33 +241,28 @@ def zeros(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (dict(row_queries_MHE=zeros(4, 8)), r"row_queries of shape \(4, 8\) must have 3 dimensions"),
-        (dict(row_queries_MHE=zeros(4, 2, 8, dtype=torch.float64)), "row_queries of torch.float64: the kernels take"),
-        (dict(col_keys_HNE=zeros(2, 6, 8, dtype=BF16)), "col_keys is torch.bfloat16 on .*, but row_queries torch.fl"),
-        (dict(col_queries_MHE=zeros(5, 2, 8)), "both axes must have queries of one shape"),
-        (dict(col_keys_HNE=zeros(2, 7, 8)), "both axes must have queries of one shape and keys of one shape"),
         (
-            dict(row_queries_MHE=zeros(4, 2, 9), col_queries_MHE=zeros(4, 2, 9)),
-            r"queries end in \(2, 9\), but the keys have \(heads, E\) = \(2, 8\)",
+            dict(queries_AMHE=zeros(2, 4, 8)),
+            r"queries of shape \(2, 4, 8\) must have 4 dimensions, the first of them 2",
         ),
+        (dict(keys_AHNE=zeros(3, 2, 6, 8)), r"keys of shape \(3, 2, 6, 8\) must have 4 dimensions"),
+        (dict(queries_AMHE=zeros(2, 4, 2, 8, dtype=torch.float64)), "queries of torch.float64: the kernels take"),
+        (dict(keys_AHNE=zeros(2, 2, 6, 8, dtype=BF16)), "keys are torch.bfloat16 on .*, but queries torch.float32 on"),
+        (dict(queries_AMHE=zeros(2, 4, 2, 9)), r"queries end in \(2, 9\), but the keys have \(heads, E\) = \(2, 8\)"),
         (dict(k=0), "k=0 must be at least 1"),
         (dict(k=7), "k=7 must be at least 1 and at most 128 and the 6 sub-keys"),
+        (dict(keys_AHNE=zeros(2, 2, 65537, 8)), "65537 sub-keys are more than the 65536"),
         (
-            dict(row_keys_HNE=zeros(2, 65537, 8, dtype=FP32), col_keys_HNE=zeros(2, 65537, 8)),
-            "65537 sub-keys are more than the 65536",
-        ),
-        (
-            {name: zeros(6, 6, 257) for name in ("row_queries_MHE", "col_queries_MHE", "row_keys_HNE", "col_keys_HNE")},
+            dict(queries_AMHE=zeros(2, 6, 6, 257), keys_AHNE=zeros(2, 6, 6, 257)),
             "keys of width 257 are wider than the 256",
         ),
         (dict(tau=0.0), "tau=0.0 must be positive"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], says: str) -> None:
-    given = dict(row_queries_MHE=zeros(4, 2, 8), col_queries_MHE=zeros(4, 2, 8))
-    given |= dict(row_keys_HNE=zeros(2, 6, 8), col_keys_HNE=zeros(2, 6, 8), k=3, tau=1.0)
+    given = dict(queries_AMHE=zeros(2, 4, 2, 8), keys_AHNE=zeros(2, 2, 6, 8), k=3, tau=1.0)
     with pytest.raises(ValueError, match=says):
-        retrieve(**{**given, **change})
+        retrieval.retrieve(**{**given, **change})
 
 
 @pytest.mark.gpu

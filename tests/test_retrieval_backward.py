@@ -9,18 +9,28 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from retrieval_cases import BF16, FP16, FP32, Operands, assert_same, operands, scores_of
+from retrieval_cases import (
+    BF16,
+    FP16,
+    FP32,
+    Operands,
+    assert_same,
+    joined,
+    operands,
+    retrieve,
+    retrieve_backward,
+    scores_of,
+)  # fmt: skip
 from torch import Tensor
 
 from msn_dist.kernels import key_gradient, reference, retrieval
-from msn_dist.kernels.retrieval import retrieve, retrieve_backward
 from triton_device import DEVICE
 
 
 @pytest.fixture(params=["compared", "sorted"])
 def backward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Either way to the gradients, whatever the size."""
-    monkeypatch.setattr(key_gradient, "fits", lambda keys_HNE: request.param == "compared")
+    monkeypatch.setattr(key_gradient, "fits", lambda keys_AHNE: request.param == "compared")
     return request.param
 
 
@@ -68,7 +78,8 @@ def assert_close_gradients(gradients: Sequence[Tensor], expected: Sequence[Tenso
     # a rounded result is off by half of the last bit, or by all of it in the interpreter, which cuts bfloat16 off
     tolerance = {FP32: 1e-5, BF16: 2**-7, FP16: 2**-10}[given[0].dtype]
     for gradient, true, operand in zip(gradients, expected, given, strict=True):
-        assert (gradient.dtype, gradient.shape) == (operand.dtype, operand.shape)
+        of_queries = operand is given[0] or operand is given[1]
+        assert gradient.dtype == (operand.dtype if of_queries else FP32) and gradient.shape == operand.shape
         scale = true.abs().max().item()
         torch.testing.assert_close(gradient.double(), true, rtol=tolerance, atol=tolerance * 0.1 * scale)
 
@@ -91,7 +102,7 @@ def test_gradients_are_those_of_the_reference(
     given = operands(queries, heads, sub_keys, width, dtype)
     tau = width**-0.5
     exact = [operand.double().requires_grad_() for operand in given]
-    slots_MHK, weights_MHK = reference.retrieve(*exact, k, tau)
+    slots_MHK, weights_MHK = reference.retrieve(*joined(exact), k, tau)
     gradient_MHK = torch.randn(slots_MHK.shape, generator=torch.Generator().manual_seed(7)).to(DEVICE)
     expected = torch.autograd.grad(weights_MHK, exact, gradient_MHK.double())
     gradients = retrieve_backward(*given, slots_MHK, weights_MHK.detach().float(), gradient_MHK, tau)
@@ -152,8 +163,8 @@ def test_queries_are_split_over_any_number_of_programs(queries: int, programs: i
     weights_MHK = scores_of(slots_MHK, given, 0.25).softmax(-1)
     found = slots_MHK, weights_MHK, weights_MHK.square()
     shape = key_gradient.Shape(queries=32, warps=4, programs=programs)
-    compared = key_gradient.gradients(given[:2], given[2:], *found, 0.25, shape)
-    for one, other in zip(compared, retrieval.sorted_gradients(given[:2], given[2:], *found, 0.25), strict=True):
+    compared = key_gradient.gradients(*joined(given), *found, 0.25, shape)
+    for one, other in zip(compared, retrieval.sorted_gradients(*joined(given), *found, 0.25), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 

@@ -129,7 +129,7 @@ def test_a_gpu_is_planned_for_without_one() -> None:
     config = paper_sized()
     trace = trace_step(config, SCHEMA, 2048, "cuda")
     names = {region: {op.name for op in trace.ops if op.region == region} for region in ("retrieval", "gate")}
-    kernels = {"retrieval": {"retrieve", "query_norm"}, "gate": {"gate"}}
+    kernels = {"retrieval": {"retrieve", "axis_norm"}, "gate": {"gate"}}
     for region, forward in kernels.items():
         assert forward | {f"{name}_backward" for name in forward} <= names[region]
     assert not names["retrieval"] & {"gate", "gate_backward"} and not names["gate"] & {"retrieve", "retrieve_backward"}

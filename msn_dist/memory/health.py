@@ -51,19 +51,21 @@ class SlotUsage:
     def __init__(self, rows: int, device: torch.device | str) -> None:
         self.window_R = torch.zeros(rows, dtype=torch.int32, device=device)
         self.ever_R = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._one = torch.ones((), dtype=torch.int32, device=device)
 
     def rows(self, block: slice) -> SlotUsage:
         """The counters of some of the rows, in the same memory."""
         part = SlotUsage.__new__(SlotUsage)
-        part.window_R, part.ever_R = self.window_R[block], self.ever_R[block]
+        part.window_R, part.ever_R, part._one = self.window_R[block], self.ever_R[block], self._one
         return part
 
     @torch.no_grad()
     def count(self, rows_H: Tensor) -> None:
         """Count one hit on each of these local rows (repeats count again)."""
         if self.window_R.device != rows_H.device:  # the module was moved
-            self.window_R, self.ever_R = self.window_R.to(rows_H.device), self.ever_R.to(rows_H.device)
-        self.window_R.index_add_(0, rows_H, torch.ones_like(rows_H, dtype=torch.int32))
+            for name in ("window_R", "ever_R", "_one"):
+                setattr(self, name, getattr(self, name).to(rows_H.device))
+        self.window_R.index_add_(0, rows_H, self._one.expand(rows_H.shape))
 
     @torch.no_grad()
     def read(self, slots: int, group: dist.ProcessGroup | None = None) -> MemoryHealth:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -68,4 +70,5 @@ class Memory(nn.Module):
         if self.tokens_per_group < x_BTD.shape[1]:  # one table for all groups: slot id + group * n
             group_T = torch.arange(x_BTD.shape[1], device=x_BTD.device) // self.tokens_per_group
             slots_BTHK = slots_BTHK + (group_T * self.slots_per_group)[:, None, None]
-        return slots_BTHK.flatten(2).flatten(0, 1), weights_BTHK.flatten(2).flatten(0, 1)
+        shape_ML = x_BTD.shape[:2].numel(), math.prod(slots_BTHK.shape[2:])
+        return slots_BTHK.view(shape_ML), weights_BTHK.view(shape_ML)

@@ -88,54 +88,31 @@ class ProductKeys(nn.Module):
             keys_AHNE = self.theta @ keys_AHNE if self.mix else keys_AHNE @ self.theta.transpose(-1, -2)
         return keys_AHNE if self.key_norm is None else self.key_norm(keys_AHNE, between=2)
 
-    def queries(self, x_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """queries_BTHE = LN(W x) of the row and of the column axis, in `dtype`."""
-        both_BTX = functional.linear(x_BTD, self.query_XD)
-        fused = self.fused_norm(both_BTX)
-        if fused is None:
-            both_BTAHE = both_BTX.unflatten(-1, (2, self.heads, -1))
-            if self.query_norm is not None:
-                both_BTAHE = self.query_norm(both_BTAHE, between=1)
-            return both_BTAHE.to(dtype).unbind(2)
-        norm = self.query_norm
-        row_MHE, col_MHE = fused(both_BTX.flatten(0, 1), norm.gamma_AE, norm.beta_AE, norm.eps, dtype)
-        return row_MHE.unflatten(0, x_BTD.shape[:2]), col_MHE.unflatten(0, x_BTD.shape[:2])
+    def projected(self, x_BTD: Tensor) -> Tensor:
+        """Queries of both axes before their norm, [B, T, X]."""
+        return functional.linear(x_BTD, self.query_XD)
+
+    def queries(self, projected_BTX: Tensor) -> Tensor:
+        """queries_ABTHE = LN(W x), by torch; not contiguous."""
+        queries_BTAHE = projected_BTX.unflatten(-1, (2, self.heads, -1))
+        if self.query_norm is not None:
+            queries_BTAHE = self.query_norm(queries_BTAHE, between=1)
+        return queries_BTAHE.movedim(2, 0)
 
     def scores(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """scores_BTHN of either axis in float32 at least, by the formula: the truth, which a retrieval never builds."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-        queries = self.queries(x_BTD, dtype)
+        queries_ABTHE = self.queries(self.projected(x_BTD)).to(dtype)
         with torch.autocast(x_BTD.device.type, enabled=False):
             row_BTHN, col_BTHN = (
                 torch.einsum("bthe,hne->bthn", queries_BTHE, keys_HNE.to(dtype)) * self.tau
-                for queries_BTHE, keys_HNE in zip(queries, self.keys(), strict=True)
+                for queries_BTHE, keys_HNE in zip(queries_ABTHE, self.keys(), strict=True)
             )
         return row_BTHN, col_BTHN
-
-    def fused_norm(self, both_BTX: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        """`kernels.query_norm.query_norm` on a GPU that the kernels run on, else None: LayerNorm by torch."""
-        norm = self.query_norm
-        # compiled, the plain formula becomes one kernel by itself; the kernels have no float64
-        plain = torch.compiler.is_compiling() or not both_BTX.is_cuda or both_BTX.dtype == torch.float64
-        if plain or norm is None or norm.gamma_AE.dtype != torch.float32:
-            return None
-        if interpreted() or why_no_triton(both_BTX.device):
-            return None
-        from msn_dist.kernels.query_norm import query_norm
-
-        return query_norm if norm.gamma_AE.shape[1] <= sizes.NORM_WIDTH else None
 
     def back_end(self, device: torch.device) -> str:
         """What `choose_retrieval` makes of the configuration."""
         return choose_retrieval(self.retrieval, device.type, self.top_k, *self.codes_AHNE.shape[2:])
-
-    def search(self, back_end: str) -> Callable[..., tuple[Tensor, Tensor]]:
-        """`kernels.reference.retrieve`, or the same by the kernels."""
-        if back_end == "reference":
-            return reference.retrieve
-        from msn_dist.kernels.ops import retrieve
-
-        return retrieve
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """slots_BTHK (int64 in [0, N * N), best first) and weights_BTHK (float32 at least, softmax over K).
@@ -143,17 +120,59 @@ class ProductKeys(nn.Module):
         Products are of float32 operands, or of 16 bits under autocast, and are added up in float32: sums of
         16 bits would tie.
         """
-        device = x_BTD.device.type
+        projected_BTX = self.projected(x_BTD)
         back_end = self.back_end(x_BTD.device)
         # the kernels have no float64
         exact = torch.float32 if back_end == "triton" else torch.promote_types(x_BTD.dtype, torch.float32)
-        dtype = autocast_dtype(device) or exact
-        queries = (queries_BTHE.flatten(0, 1) for queries_BTHE in self.queries(x_BTD, dtype))
-        with torch.autocast(device, enabled=False):  # keys are few: casts would cost more than products of 32 bits
-            row_HNE, col_HNE = self.keys().to(dtype)
-            slots_MHK, weights_MHK = self.search(back_end)(*queries, row_HNE, col_HNE, self.top_k, self.tau)
-        shape_BT = x_BTD.shape[:2]
-        return slots_MHK.unflatten(0, shape_BT), weights_MHK.unflatten(0, shape_BT)
+        dtype = autocast_dtype(x_BTD.device.type) or exact
+        at_once = self.has_search(back_end) and projected_BTX.dtype != torch.float64
+        find = self.found_at_once if at_once else self.found_in_steps
+        slots_MHK, weights_MHK = find(projected_BTX, dtype)
+        shape_BTHK = *x_BTD.shape[:2], self.heads, self.top_k
+        return slots_MHK.view(shape_BTHK), weights_MHK.view(shape_BTHK)
+
+    def found_in_steps(self, projected_BTX: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """slots_MHK and weights_MHK by the formulas, and by either back end's retrieval; operands meet in `dtype`."""
+        queries_AMHE = self.queries(projected_BTX).to(dtype).flatten(1, 2)
+        with _without_autocast(projected_BTX):
+            keys_AHNE = self.keys().to(dtype)
+            retrieve = self.retriever(self.back_end(projected_BTX.device))
+            return retrieve(queries_AMHE, keys_AHNE, self.top_k, self.tau)
+
+    def found_at_once(self, projected_BTX: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same by the kernels alone, as one function of autograd."""
+        norms = ((norm.gamma_AE, norm.beta_AE) for norm in (self.query_norm, self.key_norm))
+        with _without_autocast(projected_BTX):
+            return self.search()(projected_BTX.flatten(0, 1), self.codes_AHNE, self.theta, *norms, dtype)
+
+    def retriever(self, back_end: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        """`kernels.reference.retrieve`, or the same by the kernels."""
+        if back_end == "reference":
+            return reference.retrieve
+        from msn_dist.kernels.ops import retrieve
+
+        return retrieve
+
+    def search(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """`kernels.search.Search` with this memory's numbers."""
+        from msn_dist.kernels.search import Search
+
+        return Search(self.top_k, self.tau, AxisNorm.eps, self.mix)
+
+    def has_search(self, back_end: str) -> bool:
+        """Whether kernels do all of it."""
+        # compiled, the plain formulas become a kernel or two by themselves
+        return back_end == "triton" and self.normalises() and not (torch.compiler.is_compiling() or interpreted())
+
+    def normalises(self) -> bool:
+        """Whether there are norms, and the kernels take them: they have no float64."""
+        width, dtype = self.codes_AHNE.shape[-1], self.codes_AHNE.dtype
+        return self.query_norm is not None and dtype == torch.float32 and width <= sizes.NORM_WIDTH
+
+
+def _without_autocast(x: Tensor) -> torch.autocast:
+    """For products with keys: they are few, and casts would cost more than products of 32 bits."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 @torch.compiler.assume_constant_result  # a graph is compiled for one device and one setting

@@ -216,7 +216,7 @@ def _retrieval_rate(clock: Stopclock, sub_keys: int, backward: bool, dtype: torc
     from msn_dist.kernels import retrieval
 
     queries, key_dim = 65_536, 64
-    shapes = [(queries, 1, key_dim)] * 2 + [(1, sub_keys, key_dim)] * 2
+    shapes = (2, queries, 1, key_dim), (2, 1, sub_keys, key_dim)
     operands = [torch.randn(shape, device=clock.device, dtype=dtype) for shape in shapes]
     tau = key_dim**-0.5
     if not backward:

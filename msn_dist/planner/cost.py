@@ -221,12 +221,12 @@ def passes_seconds(passes: Iterable[float], machine: Machine) -> float:
 
 def _retrieval_seconds(op: Op, machine: Machine) -> float:
     """Rates are of k = 32 and keys of 64: the scores' share grows with the width of keys, the rest with k."""
-    queries, heads, width = op.shapes[0]
-    sub_keys, forward = op.shapes[2][1], op.name == "retrieve"
+    _, queries, heads, width = op.shapes[0]
+    sub_keys, forward = op.shapes[1][2], op.name == "retrieve"
     rates = machine.retrieve if forward else machine.retrieve_backward
     if forward and op.dtype == "float32" and machine.retrieve_fp32 is not None:
         rates = machine.retrieve_fp32
-    hits = op.out_elements / (2 * queries * heads) if forward else op.shapes[4][2]
+    hits = op.out_elements / (2 * queries * heads) if forward else op.shapes[2][2]
     rate = rates.of_work(sub_keys) if forward else rates.at(sub_keys)  # the backward's work is that of the hits
     seconds = queries * heads / rate
     return seconds * max(1.0, hits / 32) * max(1.0, (width / 64) ** 0.5)

@@ -26,13 +26,14 @@ from torch.autograd.function import Function, once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msn_dist.config import MemoryConfig, OptimizerConfig, RunConfig
-from msn_dist.kernels.sizes import NORM_WIDTH, why_no_retrieval
+from msn_dist.kernels.sizes import why_no_retrieval
 from msn_dist.memory.autocast import pooled_dtype
-from msn_dist.planner.gpu_rules import GpuRules, fused_gate, fused_query_norm, fused_retrieve
+from msn_dist.planner.gpu_rules import GpuRules, fused_gate, fused_retrieve, fused_search
 from msn_dist.planner.step_recorder import LookUp, Op, Span, StepRecorder
 
 if TYPE_CHECKING:
     from msn_dist.data.schema import Schema
+    from msn_dist.memory.product_keys import ProductKeys
     from msn_dist.models.ranker import Ranker
 
 aten = torch.ops.aten
@@ -139,13 +140,17 @@ def _put_stand_ins(model: Ranker, rows: int, recorder: StepRecorder, on_gpu: boo
         memory.values = _Values(recorder, memory.values.dim)
         if on_gpu:
             memory.gate.product = lambda x_BTD: partial(fused_gate, recorder.kernel)
-            if model.memory.layer_norm and model.memory.key_dim <= NORM_WIDTH:  # as ProductKeys.fused_norm
-                memory.keys.fused_norm = lambda both_BTX: partial(fused_query_norm, recorder.kernel)
         if on_gpu and _has_kernel(model.memory):
-            memory.keys.back_end = lambda device: "triton"
-            memory.keys.search = lambda back_end: partial(fused_retrieve, recorder.kernel)
+            _put_search(memory.keys, recorder)
         memory.register_forward_pre_hook(recorder.memory_begins)
         memory.register_forward_hook(recorder.memory_ends)
+
+
+def _put_search(keys: ProductKeys, recorder: StepRecorder) -> None:
+    keys.back_end = lambda device: "triton"
+    keys.has_search = lambda back_end: keys.normalises()
+    keys.retriever = lambda back_end: partial(fused_retrieve, recorder.kernel)
+    keys.search = lambda: partial(fused_search, recorder.kernel, keys.mix, keys.top_k)
 
 
 def _has_kernel(memory: MemoryConfig) -> bool:

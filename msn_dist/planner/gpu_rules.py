@@ -1,7 +1,7 @@
 """What a step does on a GPU and not on a CPU, for tensors without data that say they are on a CPU.
 
-Shape suffixes: B samples, T tokens, D width; M queries, H heads, N sub-keys of an axis, E key width of one half, K hits
-of a head, A = 2 * H pairs of axis and head (2 axes in the LayerNorm of queries), C survivors of a query, S splits of
+Shape suffixes: B samples, T tokens, D width; A = 2 axes, M queries, H heads, N sub-keys of an axis, E key width of one
+half, K hits of a head, C survivors of a query (A = 2 * H pairs of axis and head there), G = 2 * M * H bags, S splits of
 the queries (2 sums in the LayerNorm), P programs; X = 2 * H * E.
 """
 
@@ -42,87 +42,157 @@ def _widened(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
 
 
-def fused_retrieve(
+def fused_search(
     note: Callable,
-    row_queries_MHE: Tensor,
-    col_queries_MHE: Tensor,
-    row_keys_HNE: Tensor,
-    col_keys_HNE: Tensor,
+    mix: bool,
     k: int,
-    tau: float,
+    projected_MX: Tensor,
+    codes_AHNE: Tensor,
+    theta: Tensor | None,
+    query_norm: tuple[Tensor, Tensor],
+    key_norm: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.ops.retrieve` without its results: the same tensors and scratch live as long as there.
+    """`kernels.search.Search` without its results: the same tensors and scratch live as long as there.
 
     `note(name, flops, inputs, outputs)` is told of both directions.
     """
-    return _Retrieve.apply(row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, note)
+    return _Search.apply(projected_MX, codes_AHNE, theta, *query_norm, *key_norm, mix, k, dtype, note)
 
 
-class _Retrieve(Function):
+class _Search(Function):
     @staticmethod
-    def forward(ctx, row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE, k, note):
-        queries, heads, _ = row_queries_MHE.shape
-        weights_MHK = row_queries_MHE.new_empty(queries, heads, k, dtype=torch.float32)
-        slots_MHK = torch.empty_like(weights_MHK, dtype=torch.int64)
-        padded = -(-min(queries, max(1, sizes.RETRIEVED_AT_ONCE // heads)) // 64) * 64
-        survivors_CAM = slots_MHK.new_empty(sizes.survivors_of(k) + 8, 2 * heads, padded)
-        counts_AM = slots_MHK.new_empty(2 * heads, padded, dtype=torch.int32)
-        best_KAM = weights_MHK.new_empty(2, k, 2 * heads, padded)  # scores, and columns of int32
-        del survivors_CAM, counts_AM, best_KAM
-        operands = row_queries_MHE, col_queries_MHE, row_keys_HNE, col_keys_HNE
-        note("retrieve", 4 * row_queries_MHE.numel() * row_keys_HNE.shape[1], operands, (slots_MHK, weights_MHK))
-        ctx.note = note
+    def forward(
+        ctx, projected_MX, codes_AHNE, theta, query_gamma, query_beta, key_gamma, key_beta, mix, k, dtype, note
+    ):
+        heads, width = codes_AHNE.shape[1], codes_AHNE.shape[3]
+        shape_AMHE = 2, len(projected_MX), heads, width
+        queries_AMHE = _normalised(projected_MX, query_gamma, query_beta, shape_AMHE, dtype, note)
+        mixed_AHNE = codes_AHNE
+        if theta is not None:
+            mixed_AHNE = theta @ codes_AHNE if mix else codes_AHNE @ theta.mT
+        keys_AHNE = _normalised(mixed_AHNE, key_gamma, key_beta, codes_AHNE.shape, dtype, note)
+        slots_MHK, weights_MHK = _retrieved(queries_AMHE, keys_AHNE, k, note)
+        ctx.note, ctx.mix = note, mix
+        given = projected_MX, codes_AHNE, theta, query_gamma, key_gamma
+        ctx.save_for_backward(*given, queries_AMHE, mixed_AHNE, keys_AHNE, slots_MHK, weights_MHK)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*operands, slots_MHK, weights_MHK)
         ctx.mark_non_differentiable(slots_MHK)
         return slots_MHK, weights_MHK
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _, gradient_MHK):
-        *operands, slots_MHK, weights_MHK = ctx.saved_tensors
-        sub_keys, width = operands[2].shape[1:]
-        scratch = _compared if sizes.compares(sub_keys, width, operands[2].dtype) else _sorted
-        gradients = scratch(*operands, slots_MHK)
-        inputs = *operands, slots_MHK, weights_MHK, gradient_MHK
-        flops = 8 * slots_MHK.numel() * operands[0].shape[2]
-        ctx.note("retrieve_backward", flops, inputs, gradients)
-        return *gradients, None, None
+    def backward(ctx, _, g_MHK):
+        given, made = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        projected_MX, codes_AHNE, theta, query_gamma, key_gamma = given
+        queries_AMHE, mixed_AHNE, keys_AHNE, *found = made
+        g_AMHE, g_AHNE = _retrieved_gradients(queries_AMHE, keys_AHNE, *found, g_MHK, ctx.note)
+        of_queries = _normalised_gradients(projected_MX, query_gamma, g_AMHE, ctx.note)
+        g_AHNE, *of_key_norm = _normalised_gradients(mixed_AHNE, key_gamma, g_AHNE, ctx.note)
+        of_theta = None
+        if theta is not None:
+            of_theta = g_AHNE @ codes_AHNE.mT if ctx.mix else g_AHNE.mT @ codes_AHNE
+            g_AHNE = theta.mT @ g_AHNE if ctx.mix else g_AHNE @ theta
+        of_projection, *of_query_norm = of_queries
+        return of_projection, g_AHNE, of_theta, *of_query_norm, *of_key_norm, None, None, None, None
 
 
-def _compared(
-    row_queries_MHE: Tensor, col_queries_MHE: Tensor, row_keys_HNE: Tensor, col_keys_HNE: Tensor, slots_MHK: Tensor
-) -> tuple[Tensor, ...]:
+def fused_retrieve(
+    note: Callable, queries_AMHE: Tensor, keys_AHNE: Tensor, k: int, tau: float
+) -> tuple[Tensor, Tensor]:
+    """`kernels.ops.retrieve` in the same way."""
+    return _Retrieve.apply(queries_AMHE, keys_AHNE, k, note)
+
+
+class _Retrieve(Function):
+    @staticmethod
+    def forward(ctx, queries_AMHE, keys_AHNE, k, note):
+        slots_MHK, weights_MHK = _retrieved(queries_AMHE.contiguous(), keys_AHNE, k, note)
+        ctx.note = note
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(queries_AMHE, keys_AHNE, slots_MHK, weights_MHK)
+        ctx.mark_non_differentiable(slots_MHK)
+        return slots_MHK, weights_MHK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, g_MHK):
+        queries_AMHE, keys_AHNE, *found = ctx.saved_tensors
+        of_queries_AMHE, of_keys_AHNE = _retrieved_gradients(
+            queries_AMHE.contiguous(), keys_AHNE, *found, g_MHK, ctx.note
+        )
+        return of_queries_AMHE, of_keys_AHNE.to(keys_AHNE.dtype), None, None
+
+
+def _retrieved(queries_AMHE: Tensor, keys_AHNE: Tensor, k: int, note: Callable) -> tuple[Tensor, Tensor]:
+    """`kernels.retrieval.retrieve`."""
+    _, queries, heads, _ = queries_AMHE.shape
+    slots_MHK = queries_AMHE.new_empty(queries, heads, k, dtype=torch.int64)
+    weights_MHK = queries_AMHE.new_empty(queries, heads, k, dtype=torch.float32)
+    padded = -(-min(queries, max(1, sizes.RETRIEVED_AT_ONCE // heads)) // 64) * 64
+    survivors_CAM = slots_MHK.new_empty(sizes.survivors_of(k) + 8, 2 * heads, padded)
+    counts_AM = slots_MHK.new_empty(2 * heads, padded, dtype=torch.int32)
+    best_KAM = weights_MHK.new_empty(2, k, 2 * heads, padded)  # scores, and columns of int32
+    del survivors_CAM, counts_AM, best_KAM
+    flops = 2 * queries_AMHE.numel() * keys_AHNE.shape[2]
+    note("retrieve", flops, (queries_AMHE, keys_AHNE), (slots_MHK, weights_MHK))
+    return slots_MHK, weights_MHK
+
+
+def _retrieved_gradients(
+    queries_AMHE: Tensor, keys_AHNE: Tensor, slots_MHK: Tensor, weights_MHK: Tensor, g_MHK: Tensor, note: Callable
+) -> tuple[Tensor, Tensor]:
+    """`kernels.retrieval.retrieve_backward`."""
+    by = _compared if sizes.compares(*keys_AHNE.shape[2:], keys_AHNE.dtype) else _sorted
+    gradients = by(queries_AMHE, keys_AHNE, slots_MHK)
+    inputs = queries_AMHE, keys_AHNE, slots_MHK, weights_MHK, g_MHK
+    note("retrieve_backward", 8 * slots_MHK.numel() * keys_AHNE.shape[3], inputs, gradients)
+    return gradients
+
+
+def _compared(queries_AMHE: Tensor, keys_AHNE: Tensor, slots_MHK: Tensor) -> tuple[Tensor, Tensor]:
     """`kernels.key_gradient.gradients`."""
     queries, heads, k = slots_MHK.shape
-    of_queries = [torch.empty_like(operand) for operand in (row_queries_MHE, col_queries_MHE)]
+    of_queries_AMHE = torch.empty_like(queries_AMHE)
     index_AKM = slots_MHK.new_empty(2 * heads, k, queries, dtype=torch.int16)
     dz_HKM = slots_MHK.new_empty(heads, k, queries, dtype=torch.float32)
-    _, splits = sizes.compared_splits(queries, heads, sizes.compared_queries(row_keys_HNE.dtype))
-    sums_SANE = dz_HKM.new_empty(splits, 2 * heads, *row_keys_HNE.shape[1:])
-    sums_ANE = dz_HKM.new_empty(sums_SANE.shape[1:])
-    of_keys = [torch.empty_like(keys) for keys in (row_keys_HNE, col_keys_HNE)]
-    del index_AKM, dz_HKM, sums_SANE, sums_ANE
-    return *of_queries, *of_keys
+    _, splits = sizes.compared_splits(queries, heads, sizes.compared_queries(keys_AHNE.dtype))
+    sums_SAHNE = dz_HKM.new_empty(splits, *keys_AHNE.shape)
+    of_keys_AHNE = dz_HKM.new_empty(keys_AHNE.shape)
+    del index_AKM, dz_HKM, sums_SAHNE
+    return of_queries_AMHE, of_keys_AHNE
 
 
-def _sorted(
-    row_queries_MHE: Tensor, col_queries_MHE: Tensor, row_keys_HNE: Tensor, col_keys_HNE: Tensor, slots_MHK: Tensor
-) -> tuple[Tensor, ...]:
+def _sorted(queries_AMHE: Tensor, keys_AHNE: Tensor, slots_MHK: Tensor) -> tuple[Tensor, Tensor]:
     """`kernels.retrieval.sorted_gradients`."""
     queries, heads, k = slots_MHK.shape
-    bags, keys, width = queries * heads, row_keys_HNE.shape[1] * heads, row_keys_HNE.shape[2]
+    bags, (sub_keys, width) = queries * heads, keys_AHNE.shape[2:]
+    keys = sub_keys * heads
     keys_GK = slots_MHK.new_empty(2 * bags, k, dtype=torch.int32)
     dz_GK = slots_MHK.new_empty(2 * bags, k, dtype=torch.float32)
-    keys_XE = row_keys_HNE.new_empty(2 * keys, width)
-    of_queries = [operand.new_empty(operand.shape) for operand in (row_queries_MHE, col_queries_MHE)]
-    queries_GE = row_queries_MHE.new_empty(2 * bags, width)
-    sums_XE = slots_MHK.new_empty(2 * keys, width, dtype=torch.float32)
+    of_queries_AMHE = torch.empty_like(queries_AMHE)
+    of_keys_AHNE = dz_GK.new_empty(keys_AHNE.shape)
     scratch = slots_MHK.new_empty(sizes.sorted_bytes(2 * bags * k, 2 * keys, width), dtype=torch.uint8)
-    del scratch
-    of_keys = [part.to(row_keys_HNE.dtype, copy=True).view_as(row_keys_HNE) for part in sums_XE.split(keys)]
-    del keys_GK, dz_GK, keys_XE, queries_GE, sums_XE
-    return *of_queries, *of_keys
+    del scratch, keys_GK, dz_GK
+    return of_queries_AMHE, of_keys_AHNE
+
+
+def _normalised(
+    x: Tensor, gamma_AE: Tensor, beta_AE: Tensor, shape: tuple[int, ...], dtype: torch.dtype, note: Callable
+) -> Tensor:
+    """`kernels.axis_norm.normalised_queries` and `normalised_keys`."""
+    y = x.new_empty(shape, dtype=dtype)
+    note("axis_norm", 0, (x, gamma_AE, beta_AE), (y,))
+    return y
+
+
+def _normalised_gradients(x: Tensor, gamma_AE: Tensor, g: Tensor, note: Callable) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels.axis_norm.queries_gradients` and `keys_gradients`."""
+    dx = torch.empty_like(x)
+    sums_PSAE = gamma_AE.new_empty(sizes.norm_programs(g.shape[1:]), 2, *gamma_AE.shape)
+    note("axis_norm_backward", 0, (x, gamma_AE, g), (dx, sums_PSAE))
+    dgamma_AE, dbeta_AE = sums_PSAE.sum(0)
+    return dx, dgamma_AE, dbeta_AE
 
 
 def fused_gate(note: Callable, x_BTD: Tensor, v_BTD: Tensor, kind: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -146,32 +216,3 @@ class _Gate(Function):
         dx_BTD, dv_BTD = torch.empty_like(x_BTD), torch.empty_like(v_BTD)
         ctx.note("gate_backward", 0, (g_BTD, x_BTD, v_BTD), (dx_BTD, dv_BTD))
         return dx_BTD, dv_BTD, None, None
-
-
-def fused_query_norm(
-    note: Callable, projected_MX: Tensor, gamma_AE: Tensor, beta_AE: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """`kernels.query_norm.query_norm` without its results: the same tensors live as long as there; `note` as above."""
-    return _QueryNorm.apply(projected_MX, gamma_AE, beta_AE, dtype, note)
-
-
-class _QueryNorm(Function):
-    @staticmethod
-    def forward(ctx, projected_MX, gamma_AE, beta_AE, dtype, note):
-        width = gamma_AE.shape[1]
-        shape_MHE = len(projected_MX), projected_MX.shape[1] // (2 * width), width
-        row_MHE, col_MHE = (projected_MX.new_empty(shape_MHE, dtype=dtype) for _ in range(2))
-        note("query_norm", 0, (projected_MX, gamma_AE, beta_AE), (row_MHE, col_MHE))
-        ctx.note = note
-        ctx.save_for_backward(projected_MX, gamma_AE)
-        return row_MHE, col_MHE
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g_row_MHE, g_col_MHE):
-        projected_MX, gamma_AE = ctx.saved_tensors
-        dx_MX = torch.empty_like(projected_MX)
-        sums_PSAE = gamma_AE.new_empty(sizes.norm_programs(g_row_MHE.shape), 2, *gamma_AE.shape)
-        ctx.note("query_norm_backward", 0, (projected_MX, gamma_AE, g_row_MHE, g_col_MHE), (dx_MX, sums_PSAE))
-        dgamma_AE, dbeta_AE = sums_PSAE.sum(0)
-        return dx_MX, dgamma_AE, dbeta_AE, None, None
