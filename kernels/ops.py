@@ -61,7 +61,7 @@ def retrieve_backward_op(
 
 @retrieve_backward_op.register_fake
 def _(queries_AMHE, keys_AHNE, slots_MHK, weights_MHK, gradient_MHK, tau):
-    return torch.empty_like(queries_AMHE), keys_AHNE.new_empty(keys_AHNE.shape, dtype=torch.float32)
+    return queries_AMHE.new_empty(queries_AMHE.shape), keys_AHNE.new_empty(keys_AHNE.shape, dtype=torch.float32)
 
 
 def _keep(ctx, inputs, output) -> None:

@@ -39,6 +39,7 @@ def test_retrieve_is_a_sound_operator(queries: int, dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.retrieve_op, (*inputs, 4, 0.25), test_utils=checks)
     inputs = [operand.detach() for operand in inputs]
     slots_MHK, weights_MHK = ops.retrieve(*inputs, 4, 0.25)
+    inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)  # as a layer's are, whose axes lie side by side
     torch.library.opcheck(ops.retrieve_backward_op, (*inputs, slots_MHK, weights_MHK, weights_MHK, 0.25))
 
 
