@@ -174,7 +174,8 @@ def test_a_plan_for_512_gpus_takes_less_than_a_gib_of_memory(tmp_path: Path) -> 
 
 def measure(rank: int, world_size: int, name: str = "cpu") -> dict:
     device, group = torch.device(name), dist.group.WORLD
-    stopclock._SECONDS, stopclock._ROUNDS = 0.0, 1  # as where every round ends before its first call
+    stopclock._SECONDS, stopclock._ROUNDS, stopclock._TURNS = 0.0, 1, 1  # every round ends before its first call
+    calibration._STRETCHES = 0.0
     calibration._TABLE_BYTES, calibration._BAGS = {device.type: 2**22}, {device.type: 64}
     tiny = partial(tiny_step, Ranks(rank, world_size, world_size, device, group, group))
     machine = calibration.calibrate(device, group, group, group, {"torch": torch.__version__}, tiny)
@@ -196,6 +197,7 @@ def test_a_calibration_measures_every_line_and_is_the_same_on_all_ranks() -> Non
     lines = {name: value for name, value in vars(machine).items() if hasattr(value, "source")}
     assert all(value.source == "measured" for value in lines.values())
     assert machine.all_to_all.points and machine.all_reduce.points
+    assert [seconds for seconds, _ in machine.straggling.points] == [0.001, 0.004, 0.016]
     assert {name for name in trees[0] if trees[0][name] != trees[1][name]} == set()
 
 
@@ -203,5 +205,5 @@ def test_a_calibration_measures_every_line_and_is_the_same_on_all_ranks() -> Non
 def test_a_gpu_is_calibrated_with_its_host() -> None:
     (tree,) = run_ranks(measure, 1, "cuda:0", backend="cpu:gloo,cuda:nccl")
     machine = Machine.model_validate({key: tree[key] for key in tree if key in Machine.model_fields})
-    assert machine.kind == "cuda" and machine.retrieve is not None
+    assert machine.kind == "cuda" and machine.retrieve is not None and machine.straggling is None
     assert 0 < machine.operator.seconds < machine.dispatch.seconds

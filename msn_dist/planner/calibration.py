@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ _HITS, _FEW_ROWS = 32, 256  # of a bag, and rows that any cache holds
 _BURST = 2**26  # bytes of results that live at once, as in a step: on a CPU memory that is taken anew is dear
 _TABLE_BYTES = {"cuda": 2**31, "cpu": 2**26}  # more than a cache holds
 _BAGS = {"cuda": 32_768, "cpu": 4096}
+_STRETCHES, _LEAST_SHARE = 0.5, 1e-3  # seconds that ranks compute in all, and what they may wait at least
 _STEADY = 3.0  # what the slowest round of a measurement may take of its fastest
 Say = Callable[[str], None]
 TinyStep = tuple[RunConfig, Schema, int, Callable[[], object]]
@@ -52,7 +54,7 @@ def calibrate(
     clock = Stopclock(device, control)
     gpu = device.type == "cuda"
 
-    def curve(name: str, measure: Callable[[int], float], sizes: Sequence[int]) -> Curve:
+    def curve(name: str, measure: Callable[[Any], float], sizes: Sequence[float]) -> Curve:
         say(name)
         return Curve(points=[[float(size), measure(size)] for size in sizes], source="measured")
 
@@ -107,6 +109,10 @@ def calibrate(
     for name, call in (("all_to_all", _all_to_all), ("all_reduce", _all_reduce)):
         say(name.replace("_", "-"))
         figures[name] = _collective(clock, node, device, call)
+    if not gpu and node.size() > 1:  # ranks that share cores
+        figures["straggling"] = curve(
+            "ranks that wait", lambda seconds: _straggling(clock, node, seconds), [1e-3, 4e-3, 16e-3]
+        )
     if clock.unsteady > _STEADY:
         say(f"note: rounds of a measurement differed {clock.unsteady:.1f} times: something else runs here; repeat it")
     return Machine(
@@ -319,6 +325,19 @@ def _collective(
         points.append([float(2**power), seconds])
     latency, per_byte = _line(points)
     return Collective(latency=latency, bandwidth=1 / per_byte, source="measured", points=points)
+
+
+def _straggling(clock: Stopclock, group: dist.ProcessGroup, seconds: float) -> float:
+    """The share of what ranks compute between two collectives, so many seconds, that they wait for the slowest."""
+    exchange, work = _all_to_all(group, clock.device, 2**10), _function(clock.device, 2**15)
+    calls = max(1, round(seconds / clock.seconds(work)))
+
+    def stretch() -> None:
+        for _ in range(calls):
+            work()
+
+    added = clock.added(exchange, stretch, max(1, round(_STRETCHES / seconds)))
+    return max(_LEAST_SHARE, (added - clock.collective(exchange, calls=50)) / seconds)
 
 
 def _line(points: list[list[float]]) -> tuple[float, float]:

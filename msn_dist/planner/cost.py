@@ -17,6 +17,9 @@ the core that it computes on.  The messages of a chunk travel while another one 
 
 and those that are waited for at once hide behind nothing: two_level's across groups, all of `replicated`, squares.
 
+Ranks that share the cores of a CPU come to a collective at different times, and all wait for the last one: a share of
+what they have computed since the one before, which calibration measures over that time (`Machine.straggling`).
+
 A GPU works behind its host: a step takes no less than the host needs to dispatch its operators.  And TorchRec's id
 tables ask the GPU for lengths, so that the host begins a step with nothing ahead: an operator starts when the host has
 dispatched it, and the GPU waits as long as those before the first memory take the host more than the GPU.
@@ -34,12 +37,12 @@ from msn_dist.planner.exchange_work import Work, exchange_work
 from msn_dist.planner.host_tier import CacheStep
 from msn_dist.planner.layout import Layout
 from msn_dist.planner.load import Message, expected_bytes
-from msn_dist.planner.machine import Collective, Machine
+from msn_dist.planner.machine import Collective, Curve, Machine
 from msn_dist.planner.situation import Situation
 from msn_dist.planner.storage import batch_bytes
 from msn_dist.planner.topology import Topology
 
-WAITING = "waiting for the host"
+WAITING, STRAGGLING = "waiting for the host", "waiting for ranks"
 ARRIVING, LEAVING = "rows from the host", "rows to the host"
 # time of FBGEMM's TBE over that of our kernels, which profiles of GPUs are of, to read and to update: medians of
 # benchmarks.kernels on an H200, which has 1.2 to 2.4 and 1.1 to 2.6
@@ -47,6 +50,7 @@ _TBE = 1.7, 1.9
 _BUCKET = 25 * 2**20  # bytes of DistributedDataParallel's buckets
 _EXCHANGE_OPERATORS = 90  # that the host dispatches for the exchange of a memory, forward and backward
 _ID_OPERATORS = 90  # the same for TorchRec's modules
+_ID_COLLECTIVES = 2  # of these that ranks come to from computing: embeddings home, and their gradients
 _FUNCTIONS = ("gelu", "tanh", "sigmoid", "silu", "softmax", "layer_norm", "exp", "log", "erf")
 
 
@@ -87,7 +91,10 @@ class StepTime:
         return sum(phase.exposed for phase in self.phases if phase.name in _OF_THE_EXCHANGE)
 
 
-_OF_THE_EXCHANGE = ("hits by owner", "hits there", "look-up", "sums home", "gradients", "update", ARRIVING, LEAVING)
+_OF_THE_EXCHANGE = (
+    *("hits by owner", "hits there", "look-up", "sums home", "gradients", "update"),
+    *(ARRIVING, LEAVING, STRAGGLING),
+)
 _BEFORE_THE_LOOK_UP = ("counts", "lengths", "hits", "rows")
 
 
@@ -129,7 +136,7 @@ class ModelTime:
 def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds: float) -> StepTime:
     """The phases of a step, in which the id tables take `id_seconds`."""
     machine, topology, memories = situation.machine, situation.topology, situation.memories
-    phases = [Phase("dense network", model.dense)]
+    phases, messages = [Phase("dense network", model.dense)], []
     if memories:
         load, chunks = situation.load, situation.memory.chunks
         work, link = exchange_work(layout, load, situation.dim), (0.0, 0.0)
@@ -163,6 +170,9 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
         _batch(situation),
     ]
     chunks = situation.memory.chunks if memories else 0
+    if machine.straggling is not None and topology.world > 1:
+        together = _ID_COLLECTIVES + _buckets(model) + chunks * sum(m.name != "lengths" for m in messages)
+        phases.append(_straggling(phases, together, machine.straggling))
     host = host_operators(model.operators, memories, chunks) * machine.dispatch.seconds
     time = StepTime(phases, host, model.lead)
     if (waiting := time.seconds - time.device) > 0:
@@ -306,10 +316,20 @@ def _dense_gradients(model: ModelTime, machine: Machine, topology: Topology) -> 
     if topology.nodes > 1:
         bandwidth = min(bandwidth, topology.ranks_per_node * topology.between_nodes.bytes_per_second)
         latency = max(latency, topology.between_nodes.latency)
-    buckets = max(1, math.ceil(size / _BUCKET))
+    buckets = _buckets(model)
     seconds = buckets * latency + sent / bandwidth
     hidden = 0.0 if machine.kind == "cpu" else min(seconds * (buckets - 1) / buckets, model.dense * 2 / 3)
     return Phase("dense gradients", seconds, hidden, sent)
+
+
+def _buckets(model: ModelTime) -> int:
+    return max(1, math.ceil(model.parameter_bytes / _BUCKET))
+
+
+def _straggling(phases: Sequence[Phase], together: int, share: Curve) -> Phase:
+    """What ranks wait for the slowest of them at so many collectives, which part what they compute evenly."""
+    computing = sum(phase.seconds for phase in phases if not phase.sent)
+    return Phase(STRAGGLING, computing * share.of_work(computing / together))
 
 
 def _batch(situation: Situation) -> Phase:

@@ -96,6 +96,10 @@ class Machine(Part):
     dispatch: Latency = Field(description="of one operator on the host, which a GPU works behind")
     id_step: Latency = Field(description="of TorchRec's modules in one step, beside their look-ups")
     host_link: Curve = Field(description="bytes of a copy from the host -> bytes/s")
+    straggling: Curve | None = Field(
+        None,
+        description="seconds that ranks compute between two collectives -> share of it that they wait for the slowest",
+    )
     all_to_all: Collective
     all_reduce: Collective
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 _SECONDS, _ROUNDS = 0.08, 3  # spent on an operation in a round
+_TURNS = 5
 _CALLS = {"cpu": 1000, "cuda": 200}  # timed together, at most; a GPU's queue holds some 1,000 kernels
 _CYCLES = 2e9  # a second, at most
 
@@ -48,6 +49,24 @@ class Stopclock:
             self.together()
             rounds.append(self._timed(call, calls) / calls)
         return self._settled(rounds)
+
+    def added(self, call: Callable[[], Any], to: Callable[[], Any], calls: int) -> float:
+        """What `call`, which needs all ranks, adds to each of so many calls of `to` that it comes after.
+
+        Both are timed in turns, so that a machine which gets slower meanwhile counts in both.
+        """
+
+        def both() -> None:
+            to()
+            call()
+
+        rounds = []
+        for _ in range(_TURNS):
+            self.together()
+            alone = self._timed(to, calls)
+            self.together()
+            rounds.append((self._timed(both, calls) - alone) / calls)
+        return self.mean(statistics.median(rounds))
 
     def _settled(self, rounds: list[float]) -> float:
         self.unsteady = max(self.unsteady, max(rounds) / min(rounds))
