@@ -6,10 +6,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 from test_plan_groups import NOTHING_ELSE
 from test_planning import situation
 
 from msn_dist.planner.cost import STRAGGLING, Phase, step_time
+from msn_dist.planner.explain import explain_machine
 from msn_dist.planner.machine import Machine
 from msn_dist.planner.situation import Situation
 
@@ -47,3 +49,11 @@ def test_beyond_a_time_slice_every_collective_costs_as_long(strategy: str, messa
 def test_one_rank_waits_for_nobody_and_ranks_with_devices_of_their_own_are_not_measured() -> None:
     assert STRAGGLING not in phases(sharing_cores(situation(1, 1), 1.0, 0.25), "row_pooled")
     assert STRAGGLING not in phases(situation(1, 8), "row_pooled")
+
+
+def test_a_profile_shows_it_as_a_share() -> None:
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(explain_machine(sharing_cores(situation(1, 8), 0.001, 0.125).machine))
+    (line,) = (line.split() for line in shown.get().splitlines() if "straggling" in line)
+    assert line == ["straggling", "12.5%", "12.5%", "measured"]

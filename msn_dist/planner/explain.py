@@ -112,7 +112,7 @@ def _short(number: float) -> str:
 
 
 def explain_machine(machine: Machine) -> Table:
-    """A profile: each rate at the smallest and the largest size measured."""
+    """A profile: each rate, and the share of `straggling`, at the smallest and the largest size measured."""
     table = Table(title=f"{machine.name}, {machine.ranks} at once", title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     for name in ("from", "to", "source"):
@@ -120,8 +120,9 @@ def explain_machine(machine: Machine) -> Table:
     for name in Machine.model_fields:
         value = getattr(machine, name)
         if isinstance(value, Curve):
-            rates = [rate for _, rate in value.points]
-            table.add_row(name, f"{rates[0]:.3g}/s", f"{rates[-1]:.3g}/s", value.source)
+            shown = "{:.1%}" if name == "straggling" else "{:.3g}/s"
+            first, last = (shown.format(value.points[place][1]) for place in (0, -1))
+            table.add_row(name, first, last, value.source)
         elif isinstance(value, Latency):
             table.add_row(name, f"{1e6 * value.seconds:.3g} us", "", value.source)
         elif isinstance(value, Collective):
