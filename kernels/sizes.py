@@ -29,6 +29,7 @@ NORM_PROGRAMS = 256  # of the backward at most, an axis; a constant as above
 # of sums over sorted hits
 CHUNK = 32  # hits
 GROUP = 2048  # hits
+VARYING_ROWS = 2**31  # stands for a number of rows that changes each step, as kernels compiled must not change with it
 
 
 def why_no_retrieval(top_k: int, sub_keys: int, key_dim: int) -> str | None:

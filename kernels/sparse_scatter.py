@@ -13,11 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msn_dist.kernels.segments import TileShape, find_begins, load_rows, load_tile, next_tile, segments_of, sum_segments
-from msn_dist.kernels.sizes import MAX_WIDTH
+from msn_dist.kernels.segments import (
+    TileShape,
+    find_begins,
+    load_rows,
+    load_tile,
+    next_tile,
+    segments_of,
+    sum_segments,
+    tile_shape,
+)
+from msn_dist.kernels.sizes import MAX_WIDTH, VARYING_ROWS
 from msn_dist.kernels.sparse_bags import Bags, as_bags, check_table
 
 SOURCE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SHARED = 8.0  # hits of a row that is sent once because hits share it
 
 
 def scatter_sum(
@@ -33,7 +43,7 @@ def scatter_sum(
     """
     bags = _bags(source_GD, rows_GL, weights_GL)
     out_RD = torch.zeros(out_rows, source_GD.shape[1], dtype=torch.float32, device=source_GD.device)
-    _launch(bags, source_GD, out_RD, None, None, shape, once=False)
+    _launch(bags, source_GD, out_RD, None, None, out_rows, shape, once=False)
     return out_RD
 
 
@@ -50,7 +60,8 @@ def gather_backward(
 
     Both are float32 and come of one pass, from gradient_GD.  values_RD: float32, bfloat16 or float16, contiguous.
     Every row must be hit, since others are not written; with `once` every row is hit by one hit, and nothing is sorted.
-    Neither is looked at.  The rest is as in `scatter_sum`.
+    Neither is looked at.  R may be another one in every step: what is compiled does not depend on it.
+    The rest is as in `scatter_sum`.
 
     Raises ValueError for other shapes, dtypes and devices.
     """
@@ -63,7 +74,8 @@ def gather_backward(
         )
     out_RD = torch.empty(*values_RD.shape, dtype=torch.float32, device=values_RD.device)
     dot_GL = torch.empty(*rows_GL.shape, dtype=torch.float32, device=values_RD.device)
-    _launch(bags, gradient_GD, out_RD, values_RD, dot_GL, shape, once)
+    shape = shape or tile_shape(values_RD.shape[1], 1.0 if once else _SHARED)
+    _launch(bags, gradient_GD, out_RD, values_RD, dot_GL, VARYING_ROWS, shape, once)
     return out_RD, dot_GL
 
 
@@ -85,12 +97,13 @@ def _launch(
     out_RD: Tensor,
     values_RD: Tensor | None,
     dot_GL: Tensor | None,
+    rows: int,
     shape: TileShape | None,
     once: bool,
 ) -> None:
     if len(bags.rows_H) == 0:
         return
-    segments = segments_of(bags, len(out_RD), source_GD.contiguous(), values_RD, dot_GL, shape, once)
+    segments = segments_of(bags, rows, source_GD.contiguous(), values_RD, dot_GL, shape, once)
     scatter_sum_kernel[segments.grid](
         *segments.pointers, values_RD, dot_GL, segments.partial_PD, out_RD, len(bags.rows_H), **segments.of_tiles
     )

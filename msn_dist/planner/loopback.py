@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from msn_dist.kernels.sizes import sorted_bytes
+from msn_dist.kernels.sizes import VARYING_ROWS, sorted_bytes
 from msn_dist.memory.health import SlotUsage
 from msn_dist.memory.placement import Placement
 from msn_dist.memory.values import VALUE_DTYPES
@@ -216,7 +216,7 @@ class _TritonStandIn:
         gradients = torch.empty_like(rows_AD), torch.empty_like(weights_GL)
         gradient_GD, hits = gradient_GD.contiguous(), where_GL.numel()
         # without a sort: keys and places of int32
-        size = 8 * hits if once else sorted_bytes(hits, len(rows_AD), self.dim)
+        size = 8 * hits if once else sorted_bytes(hits, VARYING_ROWS, self.dim)
         scratch = rows_AD.new_empty(size, dtype=torch.uint8)
         del scratch
         return gradients
