@@ -1,12 +1,12 @@
 """python -m benchmarks.plan_accuracy: what `msn plan` says of a step, and what `msn train --plan` takes.
 
 For every number of ranks the machine is calibrated anew; then every shape is planned, trained for 60 steps on the
-planted set, and compared: milliseconds of a step (from the 11th to the 50th), and on a GPU the peak of its memory, as
-planned for the fullest rank and measured on the first.
+planted set, and compared: milliseconds of a step (from the 11th to the 50th, the median of --rounds runs), and on a GPU
+the peak of its memory, as planned for the fullest rank and measured on the first.
 Slots are expected to be hit as a first such run has counted them (`msn plan --usage`).
 
---strategies trains every other exact strategy as well, from the same plan with its strategy changed, and tells how
-often the planner has the order of two right and how much slower the chosen one is than the fastest.
+--strategies trains every other exact strategy as well, in turns, from the same plan with its strategy changed, and
+tells how often the planner has the order of two right and how much slower the chosen one is than the fastest.
 
 Writes benchmarks/results/plan_accuracy.csv, or plan_accuracy_cuda.csv; with --strategies plan_order.csv, or
 plan_order_cuda.csv.  --ranks 1 2 4 are the numbers of ranks, --shapes 0 2 some of the shapes, --device cuda takes GPUs.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from typing import Any
 import yaml
 
 from benchmarks.results import write_rows
+from msn_dist.planner.plan_file import load_plan, write_plan
 
 STEPS = 60
 CLEAR = 0.1  # two strategies are told apart if one is measured to be so much slower
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--device", choices=tuple(SHAPES), default="cpu")
     parser.add_argument("--shapes", type=int, nargs="+", help="numbers of shapes, from 0; all of them if left out")
     parser.add_argument("--strategies", action="store_true", help="train the strategies that were not chosen too")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each strategy, one after the other")
     parser.add_argument("--gib", type=float, default=4.0, help="that a rank may fill")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for data, profiles, plans and runs")
     chosen = parser.parse_args()
@@ -109,7 +112,7 @@ def main() -> None:
             place = Place(folder, chosen.device, ranks)
             calibrated(place, chosen.gib)
             for shape in shapes:
-                rows += compared(place, shape, chosen.strategies)
+                rows += compared(place, shape, chosen.strategies, chosen.rounds)
     name = "plan_order" if chosen.strategies else "plan_accuracy"
     write_rows(f"{name}{'_cuda' * (chosen.device == 'cuda')}.csv", rows)
     if chosen.strategies:
@@ -124,7 +127,7 @@ def calibrated(place: Place, gib: float) -> None:
     place.topology.write_text(yaml.safe_dump(here))
 
 
-def compared(place: Place, shape: str, strategies: bool) -> Iterator[dict[str, Any]]:
+def compared(place: Place, shape: str, strategies: bool, rounds: int) -> Iterator[dict[str, Any]]:
     """Rows of the CSV: of the chosen strategy, and of the others that round no more if they are asked for."""
     config = config_file(place, shape)
     name = f"{place.ranks}-{list(SHAPES[place.device]).index(shape)}"
@@ -133,19 +136,22 @@ def compared(place: Place, shape: str, strategies: bool) -> Iterator[dict[str, A
     msn(*planning)
     trained(place, config, plan, before)
     msn(*planning, "--usage", str(before))
-    planned = json.loads(plan.read_text())
-    forecast = trained(place, config, plan, place.folder / f"{name}.run")
-    fullest = max(map(sum, zip(*planned["storage"].values(), strict=True)))
-    seconds = forecast["seconds_planned"]
-    yield row(place, shape, planned["memory"]["strategy"], True, seconds, forecast | {"bytes_planned": fullest})
-    for rival in planned["rivals"] if strategies else ():
-        if rival["rounds"] or rival["why"].startswith("lacks"):
+    planned = load_plan(plan)
+    chosen = planned.memory.strategy
+    plans, expected = {chosen: plan}, {chosen: (planned.seconds, max(planned.bytes_W))}
+    for rival in planned.rivals if strategies else ():
+        if rival.rounds or rival.why.startswith("lacks"):
             continue
-        strategy = rival["memory"]["strategy"]
-        forced = plan.with_suffix(f".{strategy}.plan")
-        forced.write_text(json.dumps(planned | {"memory": rival["memory"]}))
-        forecast = trained(place, config, forced, place.folder / f"{name}.{strategy}.run")
-        yield row(place, shape, strategy, False, rival["seconds"], forecast | {"bytes_planned": rival["bytes"]})
+        strategy = rival.memory.strategy
+        expected[strategy] = rival.seconds, rival.bytes
+        plans[strategy] = plan.with_suffix(f".{strategy}.plan")
+        write_plan(planned.model_copy(update={"memory": rival.memory}), plans[strategy])
+    found: dict[str, list[dict[str, Any]]] = {strategy: [] for strategy in plans}
+    for turn in range(rounds):
+        for strategy, file in plans.items():
+            found[strategy].append(trained(place, config, file, place.folder / f"{name}.{strategy}.{turn}.run"))
+    for strategy, forecasts in found.items():
+        yield row(place, shape, strategy, strategy == chosen, *expected[strategy], forecasts)
 
 
 def config_file(place: Place, shape: str) -> Path:
@@ -173,10 +179,21 @@ def trained(place: Place, config: Path, plan: Path, run: Path) -> dict[str, Any]
 
 
 def row(
-    place: Place, shape: str, strategy: str, chosen: bool, seconds: float, forecast: dict[str, Any]
+    place: Place,
+    shape: str,
+    strategy: str,
+    chosen: bool,
+    seconds: float,
+    size: int,
+    forecasts: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    planned, measured = 1e3 * seconds, 1e3 * forecast["seconds_measured"]
-    print(f"{place.ranks} ranks, {shape}, {strategy}: {planned:.1f} ms planned, {measured:.1f} measured", flush=True)
+    planned, found = 1e3 * seconds, [1e3 * forecast["seconds_measured"] for forecast in forecasts]
+    measured, peak = statistics.median(found), forecasts[0]["bytes_measured"]
+    print(
+        f"{place.ranks} ranks, {shape}, {strategy}: {planned:.1f} ms planned, {measured:.1f} measured "
+        f"({min(found):.1f} to {max(found):.1f})",
+        flush=True,
+    )
     return {
         "shape": shape,
         "ranks": place.ranks,
@@ -185,8 +202,11 @@ def row(
         "planned_ms": planned,
         "measured_ms": measured,
         "difference": planned / measured - 1,
-        "planned_gib": forecast["bytes_planned"] / 2**30,
-        "measured_gib": forecast["bytes_measured"] / 2**30 if forecast["bytes_measured"] else "",
+        "rounds": len(found),
+        "least_ms": min(found),
+        "most_ms": max(found),
+        "planned_gib": size / 2**30,
+        "measured_gib": peak / 2**30 if peak else "",
     }
 
 

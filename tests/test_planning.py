@@ -22,16 +22,13 @@ from msn_dist.config import (
 from msn_dist.data.schema import History, Schema
 from msn_dist.errors import InputError
 from msn_dist.planner import tuning
-from msn_dist.planner.cost import message_seconds, operator_seconds
-from msn_dist.planner.home_work import HomeWork
 from msn_dist.planner.id_tables import NoRoom
-from msn_dist.planner.load import Message
-from msn_dist.planner.machine import BUILT_IN, Curve, Machine, load_machine
+from msn_dist.planner.machine import Machine, load_machine
 from msn_dist.planner.plan_file import PlanFile, load_plan, write_plan
 from msn_dist.planner.planning import Infeasible, plan
 from msn_dist.planner.search import Search
 from msn_dist.planner.situation import Popularity, Situation
-from msn_dist.planner.topology import Link, Topology, load_topology
+from msn_dist.planner.topology import Link, Topology
 from msn_dist.planner.tuning import tune
 
 ROOT = Path(__file__).parent.parent
@@ -66,56 +63,6 @@ def with_optimizer(here: Situation, kind: str, **memory: object) -> Situation:
     optimizer = OptimizerConfig(values=ValueOptimizerConfig(kind=kind))
     changes = {"optimizer": optimizer, "memory": here.config.memory.model_copy(update=memory)}
     return here.with_config(here.config.model_copy(update=changes))
-
-
-def test_a_curve_is_straight_on_logarithmic_axes_and_constant_beyond_its_points() -> None:
-    curve = Curve(points=[[10, 100], [1000, 1]], source="measured")
-    assert curve.at(100) == pytest.approx(10)
-    assert [curve.at(1), curve.at(10), curve.at(1000), curve.at(1e9)] == [100, 100, 1, 1]
-    assert [curve.of_work(1), curve.of_work(1000), curve.of_work(4000)] == [100, 1, 0.25]
-
-
-def test_rows_wider_than_were_measured_take_as_long_as_their_bytes() -> None:
-    machine = load_machine("h200")
-    widest = machine.row_update.points[-1][0]
-    for seconds in (machine.read_seconds, machine.update_seconds):
-        assert seconds(2**20, 2**20, 4 * widest) == pytest.approx(4 * seconds(2**20, 2**20, widest))
-
-
-def test_retrieval_among_twice_the_sub_keys_that_were_measured_takes_twice_as_long() -> None:
-    measured, beyond = (
-        next(op for op in Search(situation(1, 8, sub_keys=sub_keys)).trace.ops if op.name == "retrieve")
-        for sub_keys in (32_768, 65_536)
-    )
-    machine = load_machine("h200")
-    assert operator_seconds(beyond, machine) == pytest.approx(2 * operator_seconds(measured, machine))
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_every_line_of_a_built_in_profile_tells_its_source(name: str) -> None:
-    machine = load_machine(name)
-    lines = [value for value in vars(machine).values() if hasattr(value, "source")]
-    assert len(lines) >= 15
-    assert all(value.source in ("measured", "datasheet", "estimated") for value in lines)
-    if name != "h200":
-        assert not any(value.source == "measured" for value in lines), "these machines have not been measured"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "topology").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_topologies_that_come_along_are_valid(path: Path) -> None:
-    topology = load_topology(path)
-    assert topology.world == topology.nodes * topology.ranks_per_node
-    if topology.machine in BUILT_IN:
-        assert isinstance(load_machine(topology.machine), Machine)
-
-
-def test_a_message_takes_the_slower_of_its_two_links() -> None:
-    here = situation(2, 8)
-    inside = here.machine.all_to_all
-    small = Message("forward", "pooled", bytes_inside=1e9, bytes_between=1e6)
-    assert message_seconds(small, here.machine, here.topology) == pytest.approx(inside.latency + 1e9 / inside.bandwidth)
-    large = Message("forward", "pooled", bytes_inside=1e6, bytes_between=1e9, busiest=2.0)
-    assert message_seconds(large, here.machine, here.topology) == pytest.approx(BETWEEN.latency + 2e9 / 40e9)
 
 
 # what must win, and why it does: the crossovers of docs/exchange.md
@@ -306,44 +253,6 @@ def test_more_popular_slots_make_asking_for_rows_once_cheaper() -> None:
         for search in (even, skewed)
     ]
     assert of_unique[1] < of_unique[0]
-
-
-def test_rows_at_home_are_cheaper_by_the_kernels_and_cheapest_where_nothing_is_sorted() -> None:
-    machine = load_machine("h200")
-
-    def seconds(by_kernels: bool, once: bool) -> list[float]:
-        work = HomeWork(2**20, 2**20, 256, by_kernels, once)
-        return [work.forward(machine), work.backward(machine)]
-
-    once, sorted_by_row, by_torch = seconds(True, True), seconds(True, False), seconds(False, True)
-    assert once[0] == sorted_by_row[0] < by_torch[0]
-    assert once[1] < sorted_by_row[1] < by_torch[1]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("between_nodes: {bandwidth_gb_s: 0, latency_us: 5}", "between_nodes.bandwidth_gb_s.*0.001, found 0"),
-        ("nodes: 2", "between_nodes is missing"),
-        ("gpus: 8", "gpus"),
-        ("machine: b300", "b300: is no built-in profile"),
-        ("device_gib: .inf", "device_gib.*finite"),
-    ],
-)
-def test_a_topology_that_cannot_be_is_refused(change: str, message: str, tmp_path: Path) -> None:
-    base = {"name": "x", "machine": "h200", "ranks_per_node": "8", "device_gib": "136"}
-    key, _, value = change.partition(": ")
-    lines = [f"{name}: {text}" for name, text in (base | {key: value}).items()]
-    (tmp_path / "topology.yaml").write_text("\n".join(lines))
-    with pytest.raises(InputError, match=message):
-        load_machine(load_topology(tmp_path / "topology.yaml").machine)
-
-
-def test_a_profile_of_other_ranks_is_refused_on_a_cpu() -> None:
-    here = situation(1, 8)
-    tree = json.loads(here.machine.model_dump_json()) | {"kind": "cpu", "ranks": 2}
-    with pytest.raises(InputError, match="msn calibrate --nproc 8"):
-        Situation(here.config, SCHEMA, here.topology, Machine.model_validate(tree))
 
 
 @pytest.mark.parametrize(

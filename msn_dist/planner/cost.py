@@ -214,10 +214,9 @@ def operator_seconds(op: Op, machine: Machine) -> float:
 
 def message_seconds(message: Message, machine: Machine, topology: Topology, parts: int = 1) -> float:
     """An all-to-all in so many parts: what goes to other nodes leaves the busiest rank beside what stays in its own."""
-    latency, bandwidth = _link(machine.all_to_all, topology)
     if message.name == "lengths":  # is under way together with the hits
         parts = 0
-    seconds = parts * latency + message.busiest * message.bytes_inside / bandwidth
+    seconds = _seconds_inside(machine.all_to_all, topology, message.busiest * message.bytes_inside, parts)
     if message.bytes_between:
         link = topology.between_nodes
         seconds = max(seconds, parts * link.latency + message.busiest * message.bytes_between / link.bytes_per_second)
@@ -312,12 +311,11 @@ def _dense_gradients(model: ModelTime, machine: Machine, topology: Topology) -> 
         return Phase("dense gradients", 0.0)
     size = model.parameter_bytes
     sent = 2 * size * (world - 1) / world
-    latency, bandwidth = _link(machine.all_reduce, topology)
-    if topology.nodes > 1:
-        bandwidth = min(bandwidth, topology.ranks_per_node * topology.between_nodes.bytes_per_second)
-        latency = max(latency, topology.between_nodes.latency)
     buckets = _buckets(model)
-    seconds = buckets * latency + sent / bandwidth
+    seconds = _seconds_inside(machine.all_reduce, topology, sent, buckets)
+    if topology.nodes > 1:
+        link = topology.between_nodes
+        seconds = max(seconds, buckets * link.latency + sent / (topology.ranks_per_node * link.bytes_per_second))
     hidden = 0.0 if machine.kind == "cpu" else min(seconds * (buckets - 1) / buckets, model.dense * 2 / 3)
     return Phase("dense gradients", seconds, hidden, sent)
 
@@ -341,8 +339,11 @@ def _batch(situation: Situation) -> Phase:
     return Phase("batch to the device", seconds, hidden=seconds)
 
 
-def _link(collective: Collective, topology: Topology) -> tuple[float, float]:
-    """(seconds, bytes a second) inside a node: the topology's word, else as the machine was measured."""
+def _seconds_inside(collective: Collective, topology: Topology, size: float, parts: int) -> float:
+    """So many collectives inside a node that send `size` bytes in all; none: what these add to another one.
+
+    By the topology's word, else as the machine was measured.
+    """
     if topology.inside_node is not None:
-        return topology.inside_node.latency, topology.inside_node.bytes_per_second
-    return collective.latency, collective.bandwidth
+        return parts * topology.inside_node.latency + size / topology.inside_node.bytes_per_second
+    return parts * collective.seconds(size / parts) if parts else size / collective.bandwidth

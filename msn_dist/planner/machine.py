@@ -28,6 +28,15 @@ def _ascending(points: list[list[float]]) -> list[list[float]]:
     return points
 
 
+def _between(points: list[list[float]], x: float) -> float:
+    """y at x, straight between the points [x, y] on logarithmic axes; constant beyond them."""
+    place = bisect.bisect([first for first, _ in points], x)
+    if place in (0, len(points)):
+        return points[min(place, len(points) - 1)][1]
+    (x0, y0), (x1, y1) = points[place - 1 : place + 1]
+    return y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0))
+
+
 class Curve(Part):
     """A rate over a size: straight between its points on logarithmic axes."""
 
@@ -37,13 +46,7 @@ class Curve(Part):
 
     def at(self, size: float) -> float:
         """The rate, in units a second, of an operation of this size; constant beyond the points."""
-        sizes = [x for x, _ in self.points]
-        place = bisect.bisect(sizes, size)
-        if place in (0, len(sizes)):
-            return self.points[min(place, len(sizes) - 1)][1]
-        (x0, y0), (x1, y1) = self.points[place - 1 : place + 1]
-        share = math.log(size / x0) / math.log(x1 / x0)
-        return y0 * (y1 / y0) ** share
+        return _between(self.points, size)
 
     def of_work(self, size: float) -> float:
         """The same where the work grows with the size: beyond the last point the rate falls in proportion."""
@@ -59,13 +62,26 @@ class Latency(Part):
 
 
 class Collective(Part):
-    """Seconds of one collective: latency + bytes that a rank sends / bandwidth."""
+    """Seconds of one collective: as measured at `points`, else latency + bytes that a rank sends / bandwidth."""
 
     latency: Annotated[float, Field(ge=0.0, description="seconds")]
     bandwidth: Annotated[float, Field(gt=0.0, description="bytes a second that a rank sends")]
     source: Literal["measured", "datasheet", "estimated"]
-    points: list[list[float]] = Field([], description="[bytes that a rank sends, seconds], as measured")
+    points: list[list[float]] = Field([], description="[bytes that a rank sends, seconds], as measured, ascending")
     note: str = ""
+
+    def seconds(self, size: float) -> float:
+        """Of one that sends `size` bytes from a rank: beyond the points the smallest's time and the largest's rate."""
+        if not self.points:
+            return self.latency + size / self.bandwidth
+        (least, _), (most, _) = self.points[0], self.points[-1]
+        return _between(self.points, min(max(size, least), most)) * max(1.0, size / most)
+
+    @model_validator(mode="after")
+    def _ascends(self) -> Collective:
+        if self.points:
+            _ascending(self.points)
+        return self
 
 
 class Machine(Part):
