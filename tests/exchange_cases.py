@@ -27,6 +27,11 @@ class LookUpCase:
     ranks_per_node: int = 1
     chunks: int = 1
     optimizer: str = "rowwise_adagrad"
+    popular: int | None = None  # slots that hits fall on; None: all
+
+    def __str__(self) -> str:
+        popular = "" if self.popular is None else f" {self.popular} popular"
+        return f"{self.strategy} {self.wire} {self.optimizer} {self.chunks}{popular}"
 
 
 def counted(rank: int, world: int, cases: list[LookUpCase]) -> list[dict[str, int]]:
@@ -55,7 +60,7 @@ def _look_up(values: ShardedMemoryValues, case: LookUpCase) -> dict[str, int]:
     shape, output_bytes = (case.bags, case.hits), 4 * case.bags * case.dim
     with settled_messages(), tensor_bytes() as found:
         of_rank = torch.Generator().manual_seed(values.exchange.rank)
-        slots_ML = torch.randint(case.slots, shape, generator=of_rank)
+        slots_ML = torch.randint(case.popular or case.slots, shape, generator=of_rank)
         weights_ML = torch.rand(shape, requires_grad=True) * 1
         with mark("forward"):
             if case.chunks == 1:

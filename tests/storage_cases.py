@@ -16,6 +16,7 @@ from msn_dist.config import RunConfig
 from msn_dist.data.batch import Batch
 from msn_dist.data.schema import History, Schema
 from msn_dist.models.loss import task_losses
+from msn_dist.planner.loopback import Distinct
 from msn_dist.planner.plan import TableShards
 from msn_dist.sharding.row_gather import RowGatherUnique
 from msn_dist.training.evaluation import autocast
@@ -79,7 +80,7 @@ class Measured:
     step: int  # bytes more at the peak of a step
     phases: dict[str, int]  # the same by phase
     tables: list[TableShards]
-    distinct: int | None  # rows that a look-up asked for, where it asks for a row once
+    distinct: Distinct | None  # rows that were hit in the last step
 
 
 def measured(rank: int, world: int, configs: dict[str, RunConfig]) -> dict[str, Measured]:
@@ -106,11 +107,12 @@ def measured(rank: int, world: int, configs: dict[str, RunConfig]) -> dict[str, 
     return found
 
 
-def distinct_rows(model: Any) -> int | None:
-    """Rows that a rank has asked for since the last call, on average, with strategy row_gather_unique."""
+def distinct_rows(model: Any) -> Distinct | None:
+    """Rows that were hit since the last call; of a rank's hits with strategy row_gather_unique alone, which tells."""
     for values in sharded_memories(model).values():
-        if isinstance(values, RowGatherUnique):
-            return values.health().hits // values.exchange.world
+        health = values.health()
+        by_chunk = health.hits // values.exchange.world if isinstance(values, RowGatherUnique) else 0
+        return Distinct(by_chunk, of_all=round(health.window_used_share * health.slots))
     return None
 
 

@@ -14,6 +14,7 @@ from msn_dist.planner.dense_trace import trace_step
 from msn_dist.planner.exchange_storage import exchange_bytes
 from msn_dist.planner.layout import Layout
 from msn_dist.planner.load import Load
+from msn_dist.planner.loopback import Distinct
 from msn_dist.planner.plan import TableShards
 from msn_dist.planner.storage import Storage, rank_storage
 from msn_dist.sharding.strategies import STRATEGIES
@@ -59,7 +60,9 @@ def layout_of(config: RunConfig, world: int) -> Layout:
     return Layout(world, world, memory.strategy, memory.wire, memory.value_dtype, lookup, kind)
 
 
-def predicted(config: RunConfig, world: int, tables: list[TableShards], distinct: int | None = None) -> list[Storage]:
+def predicted(
+    config: RunConfig, world: int, tables: list[TableShards], distinct: Distinct | None = None
+) -> list[Storage]:
     trace = trace_step(config, SCHEMA, ROWS)
     return rank_storage(config, SCHEMA, layout_of(config, world), trace, tables, distinct)
 
@@ -88,6 +91,14 @@ def test_predicted_bytes_are_those_of_the_tensors(world: int, name: str, found) 
 ALONE = [LookUpCase(strategy, wire=wire, lookup="auto") for strategy in STRATEGIES for wire in ("fp16", "int8")]
 ALONE += [LookUpCase(strategy, lookup="auto", chunks=4) for strategy in STRATEGIES]
 ALONE += [LookUpCase("replicated", lookup="auto", chunks=8, optimizer="rowwise_adam", slots=96**2)]
+ALONE += [
+    LookUpCase(strategy, lookup="auto", optimizer=optimizer, popular=500)
+    for strategy, optimizer in (
+        ("column", "rowwise_adagrad"),
+        ("row_gather_unique", "rowwise_adagrad"),
+        ("replicated", "rowwise_adam"),
+    )
+]
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +106,15 @@ def alone() -> dict[LookUpCase, dict[str, int]]:
     return dict(zip(ALONE, run_ranks(counted, 2, ALONE)[0], strict=True))
 
 
-@pytest.mark.parametrize("case", ALONE, ids=lambda case: f"{case.strategy} {case.wire} {case.optimizer} {case.chunks}")
+@pytest.mark.parametrize("case", ALONE, ids=str)
 def test_a_look_up_alone_holds_what_its_trace_says(case: LookUpCase, alone) -> None:
     size = case.slots, case.dim, case.bags, case.hits
     lookup = "reference" if case.strategy in ("column", "replicated") else "fbgemm"
     layout = Layout(2, 1, case.strategy, case.wire, case.value_dtype, lookup, case.optimizer)
-    load = Load.uniform(case.slots, case.bags, case.hits).in_chunks((case.bags // case.chunks,) * case.chunks)
-    distinct = round(load.rows_by_chunk(1))
+    load = Load.uniform(case.popular or case.slots, case.bags, case.hits).in_chunks(
+        (case.bags // case.chunks,) * case.chunks
+    )
+    distinct = Distinct(round(load.rows_by_chunk(1)), round(load.rows(2)))
     held = exchange_bytes(layout, *size, chunks=case.chunks, distinct=distinct)
     actual = alone[case]
     assert held.keeps_output == (actual["output"] <= 0)

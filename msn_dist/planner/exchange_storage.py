@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from msn_dist.planner.layout import Layout
 from msn_dist.planner.live_bytes import LiveBytes
-from msn_dist.planner.loopback import Expected, LoopbackExchange, bare_table
+from msn_dist.planner.loopback import Distinct, Expected, LoopbackExchange, bare_table
 
 aten = torch.ops.aten
 _GROUPS = 8  # up to which two_level is run as it is
@@ -44,14 +44,14 @@ def exchange_bytes(
     hits: int,
     *,
     chunks: int = 1,
-    distinct: int | None = None,
+    distinct: Distinct | None = None,
     device_type: str = "cpu",
     autocast: bool = False,
 ) -> ExchangeBytes:
     """For `bags` bags of `hits` hits on every rank, in a table of `slots` rows of `dim` values.
 
-    `chunks` as in MemoryConfig, all of one size.  `distinct` is the number of rows that a rank's hits fall on, of each
-    chunk for itself, added up; None: of slots that are hit alike.  `autocast`: sums reach the model as bfloat16.
+    `chunks` as in MemoryConfig, all of one size.  `distinct` is None where slots are hit alike.  `autocast`: sums reach
+    the model as bfloat16.
     """
     rest = {"chunks": chunks, "distinct": distinct, "device_type": device_type, "autocast": autocast}
     if layout.strategy == "two_level" and layout.groups > _GROUPS:
@@ -61,7 +61,7 @@ def exchange_bytes(
         )
         return _extrapolated(less, more, layout.groups)
     bags = -(-bags // chunks)
-    expected = Expected(layout, slots, bags, hits, None if distinct is None else -(-distinct // chunks), chunks)
+    expected = Expected(layout, slots, bags, hits, chunks, distinct)
     exchange = LoopbackExchange(expected)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         values = bare_table(expected, dim, exchange)

@@ -38,6 +38,14 @@ from msn_dist.sharding.wire import wires
 
 
 @dataclass(frozen=True)
+class Distinct:
+    """Rows that hits fall on."""
+
+    by_chunk: int  # of a rank's hits, of each chunk for itself, added up
+    of_all: int  # of the hits of all ranks and chunks of a step
+
+
+@dataclass(frozen=True)
 class Expected:
     """Counts that depend on where hits fall."""
 
@@ -45,8 +53,8 @@ class Expected:
     slots: int
     bags: int  # of a chunk
     hits: int
-    of_a_chunk: int | None  # distinct rows of its hits
     chunks: int
+    rows: Distinct | None  # None: slots are hit alike
 
     @property
     def block(self) -> int:
@@ -61,14 +69,18 @@ class Expected:
     @property
     def stepped(self) -> int:
         """Rows of a block that the hits of all ranks and chunks fall on."""
+        if self.rows is not None:
+            return -(-self.rows.of_all // self.layout.world)
         return _distinct(self.block, self.chunks * self.bags * self.hits)
 
     def distinct(self, rows_of_hits: Tensor) -> int:
-        """Rows that these fall on."""
-        if self.of_a_chunk is not None and rows_of_hits.ndim == 2:
-            return self.of_a_chunk
-        one_owner = rows_of_hits.ndim == 1 and self.layout.strategy not in ("column", "replicated")
-        return _distinct(self.block if one_owner else self.slots, rows_of_hits.numel())
+        """Rows that these fall on: slots [M, L] of a chunk of this rank, or rows [H] that it updates."""
+        one_owner = rows_of_hits.ndim == 1 and self.layout.strategy != "column"
+        if self.rows is None:
+            return _distinct(self.block if one_owner else self.slots, rows_of_hits.numel())
+        if rows_of_hits.ndim == 2:
+            return -(-self.rows.by_chunk // self.chunks)
+        return self.stepped if one_owner else self.rows.of_all
 
     def answer(self) -> list:
         """What the counts that ranks tell each other say, as the strategies read them."""

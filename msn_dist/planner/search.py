@@ -20,6 +20,7 @@ from msn_dist.planner.cost import ModelTime, StepTime, step_time
 from msn_dist.planner.dense_trace import StepTrace, trace_step
 from msn_dist.planner.id_placement import IdPlan, place_ids
 from msn_dist.planner.layout import Layout, group_sizes
+from msn_dist.planner.loopback import Distinct
 from msn_dist.planner.situation import Situation
 from msn_dist.planner.storage import Storage, rank_storage
 
@@ -155,7 +156,10 @@ class Search:
 
     def _storage_W(self, layout: Layout, tables: list) -> list[Storage]:
         situation = self.situation
-        distinct = None if situation.memory is None else round(situation.load.rows_by_chunk(1))
+        distinct = None
+        if situation.memory is not None:
+            load = situation.load
+            distinct = Distinct(round(load.rows_by_chunk(1)), round(load.rows(layout.world)))
         return rank_storage(situation.config, situation.schema, layout, self.trace, tables, distinct)
 
 

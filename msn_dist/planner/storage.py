@@ -26,6 +26,7 @@ from msn_dist.planner.dense_trace import LookUp, Span, StepTrace
 from msn_dist.planner.exchange_storage import ExchangeBytes, exchange_bytes
 from msn_dist.planner.host_tier import cache_bytes
 from msn_dist.planner.layout import Layout
+from msn_dist.planner.loopback import Distinct
 from msn_dist.sharding.value_optimizer import state_bytes
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def rank_storage(
     layout: Layout,
     trace: StepTrace,
     tables: Sequence[TableShards] = (),
-    distinct: int | None = None,
+    distinct: Distinct | None = None,
 ) -> list[Storage]:
     """What each rank takes at its peak, in the order of the ranks.
 
@@ -157,14 +158,16 @@ def batch_bytes(schema: Schema, rows: int) -> int:
     return rows * (8 * (values + len(schema.sparse_keys) + 1) + 4 * (len(schema.dense) + len(schema.labels)))
 
 
-def _step(config: RunConfig, layout: Layout, trace: StepTrace, id_dims: int, distinct: int | None) -> tuple[int, int]:
+def _step(
+    config: RunConfig, layout: Layout, trace: StepTrace, id_dims: int, distinct: Distinct | None
+) -> tuple[int, int]:
     """(bytes that look-ups keep from step to step, peak of a step beyond them)."""
     held = [_held(config, layout, look_up, id_dims, distinct, trace.device_type) for look_up in trace.look_ups]
     return sum(one.kept for one in held), max(_bytes_at(span, trace.look_ups, held) for span in trace.spans)
 
 
 def _held(
-    config: RunConfig, layout: Layout, look_up: LookUp, id_dims: int, distinct: int | None, device_type: str
+    config: RunConfig, layout: Layout, look_up: LookUp, id_dims: int, distinct: Distinct | None, device_type: str
 ) -> ExchangeBytes:
     if look_up.kind == "memory":
         size = slots_of(config), look_up.dim, look_up.bags, look_up.hits
