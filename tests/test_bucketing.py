@@ -1,4 +1,4 @@
-"""Bucketing by kernels against the sort of torch: the same order, rows and lengths, to the last bit."""
+"""Bucketing by kernels against the sort of torch: the same order, rows and lengths, to the last bit; distinct rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from msn_dist.kernels.bucketing import bucket_hits
-from msn_dist.sharding.buckets import bucket_rows
+from msn_dist.sharding.buckets import bucket_rows, distinct_rows
 from triton_device import DEVICE
 
 BIG = 2**33  # rows of a table that int32 cannot count
@@ -86,3 +86,18 @@ def test_a_million_hits(world: int) -> None:
 def test_what_cannot_be_is_refused(row_ML: Tensor, block: int, world: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bucket_hits(row_ML, block, world)
+
+
+@pytest.mark.parametrize("rows", [20, 2000, 2**17, BIG])  # that are sorted as integers of 2, 4 and 8 bytes
+@pytest.mark.parametrize("world", [1, 3, 8])
+@pytest.mark.parametrize(("bags", "hits"), [(61, 32), (1, 1), (0, 4)])
+def test_distinct_rows_are_told_by_owner_with_the_place_of_every_hit(
+    rows: int, world: int, bags: int, hits: int
+) -> None:
+    row_ML, block = rows_of(bags, hits, rows), -(-rows // world)
+    row_H, where_ML, rows_W = distinct_rows(row_ML, block, world)
+    expected_A, expected_where_ML = torch.unique(row_ML, return_inverse=True)
+    assert row_H.dtype == (torch.int32 if block < 2**31 else torch.int64)
+    assert torch.equal(row_H[: len(expected_A)].long(), expected_A % block)
+    assert torch.equal(where_ML, expected_where_ML)
+    assert torch.equal(rows_W, (expected_A // block).bincount(minlength=world))

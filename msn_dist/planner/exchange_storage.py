@@ -114,7 +114,7 @@ class _LookUpBytes(LiveBytes):
         if func is aten._unique2.default:
             (hits,) = args[:1]
             self.scratch(hits.numel() * (hits.element_size() + 16))  # hits sorted, their order and the inverse
-            touched = hits.new_empty(self._expected.distinct(hits))
+            touched = hits.new_empty(self._expected.updated(hits.numel()))
             return touched, torch.empty_like(hits, dtype=torch.int64), hits.new_empty(0)
         if func is aten.nonzero.default:  # rows of a block that any rank has hit
             return args[0].new_empty((self._expected.stepped, args[0].ndim), dtype=torch.int64)
@@ -129,3 +129,5 @@ class _LookUpBytes(LiveBytes):
     def note(self, func: Any, args: tuple, *_: Any) -> None:
         if func is aten._embedding_bag_backward.default:
             self.scratch(36 * args[1].numel())  # hits sorted, their order, bags and weights
+        if func is aten.sort.default and self._on_gpu:
+            self.scratch(args[0].numel() * (args[0].element_size() + 16))  # radix sort: as much again, and places

@@ -73,14 +73,18 @@ class Expected:
             return -(-self.rows.of_all // self.layout.world)
         return _distinct(self.block, self.chunks * self.bags * self.hits)
 
-    def distinct(self, rows_of_hits: Tensor) -> int:
-        """Rows that these fall on: slots [M, L] of a chunk of this rank, or rows [H] that it updates."""
-        one_owner = rows_of_hits.ndim == 1 and self.layout.strategy != "column"
+    @property
+    def asked(self) -> int:
+        """Rows that the hits of a chunk of one rank fall on."""
         if self.rows is None:
-            return _distinct(self.block if one_owner else self.slots, rows_of_hits.numel())
-        if rows_of_hits.ndim == 2:
-            return -(-self.rows.by_chunk // self.chunks)
-        return self.stepped if one_owner else self.rows.of_all
+            return _distinct(self.slots, self.bags * self.hits)
+        return -(-self.rows.by_chunk // self.chunks)
+
+    def updated(self, hits: int) -> int:
+        """Rows that so many hits fall on which an owner has had, or with `column` every rank."""
+        if self.layout.strategy == "column":
+            return self.rows.of_all if self.rows is not None else _distinct(self.slots, hits)
+        return self.stepped if self.rows is not None else _distinct(self.block, hits)
 
     def answer(self) -> list:
         """What the counts that ranks tell each other say, as the strategies read them."""
@@ -92,7 +96,7 @@ class Expected:
             case "row_gather":
                 return [_split(total, world)] * 2
             case "row_gather_unique":
-                return [_split(self.distinct(torch.empty(bags, self.hits, device="meta")), world)] * 2
+                return [_split(self.asked, world)] * 2
             case "row_pooled_sparse":
                 return [[_split(total, world), _split(self.pairs, world)]] * 2
         return [[_split(total, world), each]] * 2

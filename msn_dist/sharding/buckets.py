@@ -1,4 +1,4 @@
-"""Hits sorted by the rank that owns their row.
+"""Hits sorted by the rank that owns their row, and the rows that they share.  Nothing here waits for the device.
 
 Shape suffixes: M bags, L hits a bag, H = M * L hits, W ranks, P (bag, owner) pairs with a hit.
 """
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from msn_dist.kernels.sizes import key_dtype
 
 MOST_RANKS_OF_KERNEL = 1024  # as kernels.bucketing, which cannot be imported without Triton
 
@@ -60,3 +63,21 @@ def bucket_rows_by_kernel(row_ML: Tensor, block: int, world: int) -> tuple[Bucke
 
     order_H, row_H, lengths_WM = bucket_hits(row_ML, block, world)
     return Buckets(order_H, lengths_WM), row_H
+
+
+def distinct_rows(row_ML: Tensor, block: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row_H, where_ML, rows_W): the distinct rows in ascending order, where each hit's is, how many each owner has.
+
+    Of row_H, local to the owner and typed as in `bucket_rows`, the first rows_W.sum() are filled.
+    """
+    sorted_H, order_H = row_ML.flatten().to(key_dtype(block * world)).sort()
+    first_H = torch.ones_like(sorted_H, dtype=torch.bool)
+    torch.ne(sorted_H[1:], sorted_H[:-1], out=first_H[1:])
+    until_H1 = F.pad(first_H.cumsum(0), (1, 0))  # distinct rows among the first hits
+    place_H = until_H1[1:] - 1
+    where_H = torch.empty_like(order_H).scatter_(0, order_H, place_H)
+    local_H = (sorted_H % block).to(torch.int32 if block < 2**31 else torch.int64)
+    row_H = torch.empty_like(local_H).scatter_(0, place_H, local_H)
+    begin_W = block * torch.arange(world, dtype=sorted_H.dtype, device=sorted_H.device)
+    hit_W1 = F.pad(torch.searchsorted(sorted_H, begin_W), (0, 1), value=len(sorted_H))
+    return row_H, where_H.view_as(row_ML), until_H1[hit_W1].diff()

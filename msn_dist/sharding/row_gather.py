@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed.types import Awaitable, LazyAwaitable
 
+from msn_dist.sharding.buckets import distinct_rows
 from msn_dist.sharding.hits import Hits
 from msn_dist.sharding.home_bags import home_bags
 from msn_dist.sharding.row_sharded import RowSharded
@@ -46,13 +47,13 @@ class RowGather(RowSharded):
 
     def input_dist(self, ctx: GatherContext, slots_ML: Tensor, weights_ML: Tensor) -> Awaitable[Awaitable[Hits]]:
         ctx.weights_ML = weights_ML
-        row_A, ctx.where_ML, asked_W = self._ask(slots_ML)
+        row_H, ctx.where_ML, asked_W = self._ask(slots_ML)
         received = self.exchange.swap_counts(asked_W[:, None])
 
         def rows_depart() -> Awaitable[Hits]:
             # the one synchronisation with the host, which wants the splits
             ctx.due_W, ctx.owed_W = torch.stack([asked_W, received.wait()[:, 0]]).tolist()
-            rows = self.exchange.start("forward", "rows", row_A, ctx.due_W, ctx.owed_W)
+            rows = self.exchange.start("forward", "rows", row_H[: sum(ctx.due_W)], ctx.due_W, ctx.owed_W)
 
             def rows_arrive() -> Hits:
                 return Hits.uniform(rows.wait(), None, size=1)
@@ -62,7 +63,10 @@ class RowGather(RowSharded):
         return Later(rows_depart)
 
     def _ask(self, slots_ML: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(row_A to ask for, owner after owner; where_ML, the place of each hit in it; asked_W, rows of each owner)."""
+        """(row_H, where_ML, asked_W): the first asked_W.sum() of row_H are asked for, owner after owner.
+
+        where_ML has the place of each hit's row among them.
+        """
         buckets, row_H = self.bucketed(slots_ML)
         where_H = torch.empty_like(buckets.order_H)
         where_H[buckets.order_H] = torch.arange(len(where_H), device=where_H.device)
@@ -87,7 +91,4 @@ class RowGatherUnique(RowGather):
     once = False
 
     def _ask(self, slots_ML: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        row_A, where_ML = torch.unique(self.placement.row_of(slots_ML), return_inverse=True)
-        owner_A = row_A // self.block  # ascending, as the rows are
-        asked_W = torch.bincount(owner_A, minlength=self.exchange.world)
-        return (row_A - owner_A * self.block).to(self.row_dtype), where_ML, asked_W
+        return distinct_rows(self.placement.row_of(slots_ML), self.block, self.exchange.world)
