@@ -13,9 +13,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from two_ranks import msn_launched
 
-from msn_dist.config import dump_config, load_config
+from msn_dist.config import TrainingConfig, dump_config, load_config
 from msn_dist.memory import values
 from msn_dist.training import run
+from msn_dist.training.ranks import joined_ranks
 from msn_dist.training.run_directory import RunDirectory
 from msn_dist.training.summary import HEADLINE
 from tiny_data import SCHEMA, config_of, write_data
@@ -144,3 +145,14 @@ def test_the_summary_tells_how_long_the_checkpoint_took(finished: RunDirectory) 
     on_disk = sum(file.stat().st_size for file in finished.checkpoint.rglob("*.distcp"))
     assert 0 < checkpoint["bytes"] <= on_disk
     assert checkpoint["write_seconds"] > 0 and checkpoint["model_read_seconds"] > 0
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cpu", 2), pytest.param("cuda", 1, marks=pytest.mark.gpu)])
+def test_the_host_of_a_gpu_computes_with_one_thread(device: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with joined_ranks(TrainingConfig(device=device)):
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
