@@ -71,6 +71,26 @@ def test_a_terminal_gets_a_bar_with_the_state_and_results_above_it() -> None:
     assert "valid step 120  long_view" in screen
 
 
+def test_a_terminal_is_told_where_an_evaluation_is_and_then_how_training_was() -> None:
+    file = io.StringIO()
+    output = RichConsole(file=file, force_terminal=True, width=100, color_system=None)
+    with Console(0, total_steps=400, steps_per_epoch=400, output=output) as console:
+        console.train(TRAIN)
+        console.evaluating("valid", 7, 31)
+        output.print("now")
+        seen = file.getvalue()
+        console.evaluation(EVALUATION)
+    assert "evaluating valid, 7 of 31 batches" in seen
+    assert "loss 0.5624" in file.getvalue()[len(seen) :]
+
+
+def test_a_file_is_told_nothing_of_an_evaluation_but_its_result() -> None:
+    file = io.StringIO()
+    with Console(0, total_steps=400, steps_per_epoch=400, output=RichConsole(file=file)) as console:
+        console.evaluating("valid", 7, 31)
+    assert file.getvalue() == ""
+
+
 def test_the_last_box_keeps_paths_whole_in_a_file() -> None:
     file = io.StringIO()
     run = RunDirectory(Path("/runs") / ("x" * 150))
@@ -87,6 +107,7 @@ def test_other_ranks_say_nothing(capfd: pytest.CaptureFixture[str]) -> None:
         console.say("nothing")
         console.step(1)
         console.train(TRAIN)
+        console.evaluating("valid", 1, 2)
         console.evaluation(EVALUATION)
     console.finish(SUMMARY, RunDirectory("run"))
     assert capfd.readouterr() == ("", "")

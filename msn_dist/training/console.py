@@ -34,7 +34,7 @@ class Console:
             BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"), expand=True
         )
         self._task = self._bar.add_task("", total=total_steps, eta="")
-        self._state = Text(no_wrap=True, overflow="ellipsis")
+        self._state, self._trained = Text(no_wrap=True, overflow="ellipsis"), ""
         self._display = Live(Group(self._bar, self._state), console=self._output)
 
     def __enter__(self) -> Console:
@@ -65,12 +65,17 @@ class Console:
             *_exchange(record.get("exchange", {})),
         ]
         if self._live:
-            self._state.plain = "  ".join(state)
+            self._state.plain = self._trained = "  ".join(state)
             self._bar.update(self._task, completed=step, eta=eta)
         else:
             self.say("  ".join([f"step {step}/{self._total_steps}", *state, eta]))
 
+    def evaluating(self, split: str, batch: int, batches: int) -> None:
+        """Where an evaluation is, on a terminal; cheap enough for every batch."""
+        self._state.plain = f"evaluating {split}, {batch} of {batches} batches"
+
     def evaluation(self, record: dict[str, Any]) -> None:
+        self._state.plain = self._trained
         width = max(len(task) for task in record["metrics"])
         for task, metrics in record["metrics"].items():
             numbers = "  ".join(f"{name} {_number(metrics[name])}" for name in ("auc", "gauc", "qauc", "logloss", "ne"))

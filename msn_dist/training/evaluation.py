@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,15 +41,24 @@ def open_split(split: str, data: DataConfig, schema: Schema, ranks: Ranks, seed:
 
 @torch.no_grad()
 def evaluate(
-    model: DistributedModelParallel, data: ParquetReader, schema: Schema, ranks: Ranks, precision: str
+    model: DistributedModelParallel,
+    data: ParquetReader,
+    schema: Schema,
+    ranks: Ranks,
+    precision: str,
+    after: Callable[[int], None] = lambda batch: None,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of every task over all rows of all ranks; a collective call that leaves the model in eval mode."""
+    """Metrics of every task over all rows of all ranks; a collective call that leaves the model in eval mode.
+
+    `after` is told the number of each batch, from 1, when it is done.
+    """
     model.eval()
     metrics = RankingMetrics(schema.labels, ranks.control)
-    for batch, _ in on_device(in_step(data, schema, ranks.control), ranks.device):
+    for number, (batch, _) in enumerate(on_device(in_step(data, schema, ranks.control), ranks.device), 1):
         with autocast(ranks.device, precision):
             output = model(batch)
         metrics.update(output.logits_BK, batch.labels_BK, batch.groups_B)
+        after(number)
     return metrics.compute()
 
 

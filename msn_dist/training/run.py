@@ -106,7 +106,9 @@ def evaluate(run_path: Path, split: str = "test", overrides: list[str] = ()) -> 
         rule = f"data.path={config.data.path} must have the schema that it was trained on"
         require_shapes(model, shapes, checkpoint, rule)
         load_model(checkpoint, model, ranks)
-        metrics = evaluate_model(model, data, schema, ranks, config.training.precision)
+        batches = ranks.largest(data.num_batches)
+        with Console(ranks.rank, batches, batches) as bar:
+            metrics = evaluate_model(model, data, schema, ranks, config.training.precision, bar.step)
         step = (run.summary() or {}).get("best_step", "unknown")  # of a run that has not ended
         console.evaluation({"split": split, "step": step, "metrics": metrics})
         del model

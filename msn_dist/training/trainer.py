@@ -207,7 +207,15 @@ class Trainer:
 
     def evaluate(self, split: str, data: ParquetReader, console: Console) -> dict[str, dict[str, float]]:
         """Metrics of every task over all rows of a split, written to the run; a collective call."""
-        metrics = evaluate(self.model, data, self.schema, self.ranks, self.config.training.precision)
+        batches = self.ranks.largest(data.num_batches)
+        metrics = evaluate(
+            self.model,
+            data,
+            self.schema,
+            self.ranks,
+            self.config.training.precision,
+            lambda batch: console.evaluating(split, batch, batches),
+        )
         step = self.step if split == "valid" else self.best["step"]
         record = {"kind": "eval", "split": split, "step": step, "epoch": self.epoch, "metrics": metrics}
         if self.ranks.rank == 0:
