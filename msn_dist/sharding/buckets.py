@@ -1,4 +1,4 @@
-"""Hits sorted by the rank that owns their row, and the rows that they share.  Nothing here waits for the device.
+"""Hits sorted by the rank that owns their row, and the rows that they share.
 
 Shape suffixes: M bags, L hits a bag, H = M * L hits, W ranks, P (bag, owner) pairs with a hit.
 """
@@ -68,7 +68,8 @@ def bucket_rows_by_kernel(row_ML: Tensor, block: int, world: int) -> tuple[Bucke
 def distinct_rows(row_ML: Tensor, block: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
     """(row_H, where_ML, rows_W): the distinct rows in ascending order, where each hit's is, how many each owner has.
 
-    Of row_H, local to the owner and typed as in `bucket_rows`, the first rows_W.sum() are filled.
+    Of row_H, local to the owner and typed as in `bucket_rows`, the first rows_W.sum() are filled: how many these are is
+    left on the device, as the host would wait for it.
     """
     sorted_H, order_H = row_ML.flatten().to(key_dtype(block * world)).sort()
     first_H = torch.ones_like(sorted_H, dtype=torch.bool)
