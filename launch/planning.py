@@ -86,7 +86,7 @@ def plan(
     from msn_dist.training.quiet import quiet_libraries
 
     quiet_libraries()
-    atexit.register(gc.freeze)  # else Python looks through all that was imported once more, for a second
+    gc.disable()  # else Python looks for garbage among all that is imported, again and again
     from msn_dist.config import load_config
     from msn_dist.data.schema import load_schema
     from msn_dist.planner import explain, planning
@@ -94,6 +94,10 @@ def plan(
     from msn_dist.planner.plan_file import write_plan
     from msn_dist.planner.situation import Popularity, Situation
     from msn_dist.planner.topology import load_topology
+
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.freeze)  # at the exit it looks once more, for a second
 
     for name, value, most in (("--zipf", zipf, 4), ("--max-gib", most_gib, 1e5), ("--max-ms", most_ms, 1e9)):
         if value is not None and not 0 < value <= most:  # also NaN
