@@ -156,12 +156,8 @@ def _in_burst(clock: Stopclock, call: Callable[[], Tensor], result_bytes: int) -
     if clock.device.type == "cuda":
         return clock.seconds(call)
     calls = max(1, min(64, _BURST // result_bytes))
-
-    def burst() -> object:
-        return [call() for _ in range(calls)]
-
-    clock.seconds(burst)  # memory that the process has never had is dearer than what it takes again, as steps do
-    return clock.seconds(burst) / calls
+    # memory that the process has never had is dearer than what it takes again, as steps do
+    return clock.seconds(lambda: [call() for _ in range(calls)], warm=True) / calls
 
 
 def _added(device: torch.device, size: int) -> Callable[[], Tensor]:

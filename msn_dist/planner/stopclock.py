@@ -27,8 +27,17 @@ class Stopclock:
         self.device, self._control = device, control
         self.unsteady = 1.0  # the slowest round of an operation over its fastest, at most
 
-    def seconds(self, call: Callable[[], Any]) -> float:
-        """One call, on the device; ranks may make different numbers of calls."""
+    def seconds(self, call: Callable[[], Any], *, warm: bool = False) -> float:
+        """One call, on the device; ranks may make different numbers of calls.
+
+        `warm`: as many rounds come before those that count, and may be as unsteady as they like.
+        """
+        if warm:
+            self._rounds(call)
+        return self._settled(self._rounds(call))
+
+    def _rounds(self, call: Callable[[], Any]) -> list[float]:
+        """Seconds of one call in each round."""
         call()
         calls = max(1, min(_CALLS[self.device.type], int(_SECONDS / 10 / max(self._timed(call, 1), 1e-7))))
         rounds = []
@@ -39,7 +48,7 @@ class Stopclock:
             while not made or time.perf_counter() < until:
                 spent, made = spent + self._timed(call, calls), made + calls
             rounds.append(spent / made)
-        return self._settled(rounds)
+        return rounds
 
     def collective(self, call: Callable[[], Any], calls: int) -> float:
         """One call that needs all ranks."""
