@@ -2,7 +2,7 @@
 
 For every number of ranks the machine is calibrated anew; then every shape is planned, trained for 60 steps on the
 planted set, and compared: milliseconds of a step (from the 11th to the 50th, the median of --rounds runs), and on a GPU
-the peak of its memory, as planned for the fullest rank and measured on the first.
+the peak of its tensors, as planned for the fullest rank (without the margin) and measured on the first.
 Slots are expected to be hit as a first such run has counted them (`msn plan --usage`).
 
 --strategies trains every other exact strategy as well, in turns, from the same plan with its strategy changed, and
@@ -138,12 +138,12 @@ def compared(place: Place, shape: str, strategies: bool, rounds: int) -> Iterato
     msn(*planning, "--usage", str(before))
     planned = load_plan(plan)
     chosen = planned.memory.strategy
-    plans, expected = {chosen: plan}, {chosen: (planned.seconds, max(planned.bytes_W))}
+    plans, expected = {chosen: plan}, {chosen: (planned.seconds, max(planned.allocated_W))}
     for rival in planned.rivals if strategies else ():
         if rival.rounds or rival.why.startswith("lacks"):
             continue
         strategy = rival.memory.strategy
-        expected[strategy] = rival.seconds, rival.bytes
+        expected[strategy] = rival.seconds, rival.allocated
         plans[strategy] = plan.with_suffix(f".{strategy}.plan")
         write_plan(planned.model_copy(update={"memory": rival.memory}), plans[strategy])
     found: dict[str, list[dict[str, Any]]] = {strategy: [] for strategy in plans}

@@ -56,7 +56,7 @@ def test_a_step_is_timed_without_its_reader_and_without_the_log(device: str, clo
             yield number
 
     ranks = SimpleNamespace(rank=0, device=torch.device(device))
-    plan = SimpleNamespace(seconds=COMPUTING / 2, bytes_W=[14])
+    plan = SimpleNamespace(seconds=COMPUTING / 2, allocated_W=[14])
     watch = forecast.Forecast(plan, ranks, STEPS)
     said = []
     for step, _ in enumerate(watch.watched(batches()), start=1):

@@ -35,12 +35,19 @@ def planned(**changed: Any) -> PlanFile:
         "memory": memory("row_pooled"),
         "id_tables": {},
         "capacity": 16 * GIB,
-        "storage": {"values": [8 * GIB, 8 * GIB], "id tables": [GIB, 4 * GIB]},
+        "storage": {"values": [8 * GIB, 8 * GIB], "id tables": [GIB, 4 * GIB], "margin": [GIB // 2, 0]},
         "phases": [PlannedPhase(name=name, seconds=s, hidden=hidden, sent=0) for name, s, hidden in PHASES],
         "owner_load": 1.0,
         "reason": "row_gather would take +20.0%",
         "rivals": [
-            Rival(memory=memory("row_gather"), seconds=30e-3, bytes=20 * GIB, rounds=False, why="lacks 4.0 GiB")
+            Rival(
+                memory=memory("row_gather"),
+                seconds=30e-3,
+                bytes=20 * GIB,
+                allocated=19 * GIB,
+                rounds=False,
+                why="lacks 4.0 GiB",
+            )
         ],
         "seconds_over_ranks": {"row_gather": [[2, 30e-3], [4, 40e-3]], "row_pooled": [[2, 25e-3], [4, 26e-3]]},
     }
@@ -86,7 +93,7 @@ def test_planned_run_shows_plan_forecast_and_rivals(tmp_path: Path) -> None:
         "dense network 20 sums home 2 + 4 hidden update 3",
         "The dashed line is a step as measured, 26 ms.",
         "time of a step 25 ms 26 ms +4.0%",
-        "memory of rank 0 9 GiB - -",
+        "tensors of rank 0, at most 9 GiB - -",
         "row_pooled fp32 bf16 25 ms 12 GiB chosen row_gather fp32 bf16 30 ms 20 GiB lacks 4.0 GiB",
     ):
         assert words in page.text
@@ -101,7 +108,7 @@ def test_unfinished_run_shows_its_plan_and_nothing_measured(tmp_path: Path) -> N
     run = make_run(tmp_path, steps=3)
     write_plan(planned(), run.planned_file)
     page = Page(write_report(tmp_path))
-    assert "time of a step 25 ms - - memory of rank 0 9 GiB - -" in page.text
+    assert "time of a step 25 ms - - tensors of rank 0, at most 9 GiB - -" in page.text
     assert dashed_lines(charts(planned())["Time of a step, ms"]) == 0
 
 

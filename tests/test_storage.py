@@ -153,6 +153,7 @@ def test_a_gpu_is_planned_for_without_one() -> None:
     storages = rank_storage(config, SCHEMA, layout, trace)
     assert sum(storage.values for storage in storages) == 2 * 2**32 * 16 * 2
     assert all(storage.margin > 0 and storage.total == storage.allocated + storage.margin for storage in storages)
+    assert all(storage.dense_gradients == 2 * storage.dense_parameters for storage in storages), "DDP's, old and new"
 
 
 def test_tables_lie_where_the_plan_says() -> None:

@@ -63,6 +63,7 @@ class Rival(Part):
     memory: PlannedMemory
     seconds: float
     bytes: int
+    allocated: int  # of them, without the margin
     rounds: bool  # more than the config does
     why: str
 
@@ -115,6 +116,12 @@ class PlanFile(Part):
     def bytes_W(self) -> list[int]:
         """In all, on each rank."""
         return [sum(kinds) for kinds in zip(*self.storage.values(), strict=True)]
+
+    @property
+    def allocated_W(self) -> list[int]:
+        """Most bytes of tensors at once, on each rank: all but the margin, which no tensor takes."""
+        kept = [bytes_W for kind, bytes_W in self.storage.items() if kind != "margin"]
+        return [sum(kinds) for kinds in zip(*kept, strict=True)]
 
     def applied_to(self, config: RunConfig, schema: Schema) -> RunConfig:
         """The config that trains as planned; InputError if it, or its data, is not what was planned for."""

@@ -66,6 +66,7 @@ def plan(situation: Situation, rounding: bool, date: str) -> PlanFile | Infeasib
                 memory=_memory(one),
                 seconds=one.time.seconds,
                 bytes=one.fullest,
+                allocated=max(storage.allocated for storage in one.storage_W),
                 rounds=not search.exact(one.layout),
                 why=_lacking(one) if one.short else _slower(one.time, chosen.time),
             )

@@ -12,6 +12,10 @@ At any time t of a step the rank holds
     + forward or backward    of the look-up that is under way, if one is
 
 and the peak is the largest such sum.
+
+On a GPU the dense gradients count twice.  DistributedDataParallel makes its buckets anew in the forward of the third
+step, when it knows the order in which gradients come; the old ones are given back when NCCL's watchdog has looked at
+their last all-reduce, which may be some steps later.
 """
 
 from __future__ import annotations
@@ -122,7 +126,7 @@ def rank_storage(
                 values=0 if on_host else values,
                 cache=memories * cache_bytes(value_rows, row_bytes, config.memory.cache) if on_host else 0,
                 usage=memories * counted_rows * _USAGE,
-                dense_gradients=dense,
+                dense_gradients=(2 if on_gpu else 1) * dense,
                 batch=(2 if on_gpu else 1) * batch_bytes(schema, trace.rows),  # a GPU is sent one ahead
                 activations=activations,
                 margin=int(_FRAGMENTATION * activations) if on_gpu else 0,

@@ -52,7 +52,8 @@ class Forecast:
         text = f"plan: {said:.1f} ms a step, took {took:.1f} ms ({took / said - 1:+.0%})"
         if self.bytes is not None:
             planned = self._planned_bytes()
-            text += f"; {planned / 2**30:.2f} GiB, took {self.bytes / 2**30:.2f} GiB ({self.bytes / planned - 1:+.1%})"
+            text += f"; {planned / 2**30:.2f} GiB of tensors at most, took {self.bytes / 2**30:.2f}"
+            text += f" ({self.bytes / planned - 1:+.1%})"
         return text
 
     def summary(self) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class Forecast:
         }
 
     def _planned_bytes(self) -> int:
-        return self._plan.bytes_W[self._ranks.rank]
+        return self._plan.allocated_W[self._ranks.rank]
 
 
 class _HostClock:

@@ -102,7 +102,7 @@ def _compared(plan: PlanFile, forecast: Record) -> Grid:
     """Of rank 0, which writes the summary."""
     quantities = [
         ("time of a step", plan.seconds, forecast.get("seconds_measured"), _ms),
-        ("memory of rank 0", plan.bytes_W[0], forecast.get("bytes_measured"), binary),
+        ("tensors of rank 0, at most", plan.allocated_W[0], forecast.get("bytes_measured"), binary),
     ]
     return Grid(
         ["", "planned", "measured", "difference"],
