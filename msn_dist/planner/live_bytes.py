@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from msn_dist.planner.partial_sums import partial_sums_bytes
+
 aten = torch.ops.aten
 _WIDENING = {aten.add, aten.sub, aten.mul, aten.div, aten.add_, aten.sub_, aten.mul_, aten.div_}
 
@@ -18,7 +20,7 @@ class LiveBytes(TorchDispatchMode):
     """Under a FakeTensorMode: `live` bytes of what has been made since, and their `peak`.
 
     Only what passes torch's dispatcher is seen; of the scratch inside operators only the copies that a CPU makes of
-    what it widens.
+    what it widens, and the partial sums of a GPU.
     """
 
     def __init__(self, on_gpu: bool) -> None:
@@ -40,6 +42,8 @@ class LiveBytes(TorchDispatchMode):
             self._count(output.untyped_storage())
         if not self._on_gpu and func._overloadpacket in _WIDENING:
             self.scratch(_widened(inputs))
+        elif self._on_gpu and func is aten.sum.dim_IntList:
+            self.scratch(partial_sums_bytes(inputs[0], args[1] or ()))
         if new or func._schema.is_mutable:
             self.note(func, args, kwargs, result, inputs, outputs)
         return result
