@@ -58,7 +58,9 @@ def test_a_missing_checkpoint_is_named(config: RunConfig, tmp_path: Path) -> Non
 def test_records_are_on_disk_at_once_and_in_the_events(config: RunConfig, tmp_path: Path) -> None:
     run = RunDirectory.create(config, tmp_path / "run")
     train = {"kind": "train", "step": 20, "epoch": 0, "loss": 0.5, "memory": {"layer1": {"used_share": 0.25}}}
+    run.open_events()
     run.append(train)
+    assert len(list((run.path / "tensorboard").iterdir())) == 1, "the events are begun once"
     assert RunDirectory.open(run.path).records("train") == [train]
     run.append({"kind": "eval", "split": "valid", "step": 20, "metrics": {"like": {"auc": 0.75, "gauc": float("nan")}}})
     run.write_summary({})

@@ -56,6 +56,7 @@ def train(config: RunConfig, run_path: Path, init: Path | None = None, plan_path
         ranks.together(lambda: RunDirectory.create(config, run_path) if ranks.rank == 0 else None)
         if ranks.rank == 0:
             run.write_plan(trainer.plan.as_json(), str(trainer.plan))
+            run.open_events()  # not in the midst of the steps
             if planned is not None:
                 write_plan(planned, run.planned_file)
         if origin is not None:

@@ -99,12 +99,16 @@ class RunDirectory:
         """Add a record of kind "train" or "eval" to metrics.jsonl and to the TensorBoard events."""
         with open(self.path / "metrics.jsonl", "a") as file:  # closed, so flushed: a crash loses no record
             file.write(_to_json(record) + "\n")
+        self.open_events()
+        for tag, value in _scalars(record):
+            self._events.add_scalar(tag, value, record["step"])
+
+    def open_events(self) -> None:
+        """Begin the TensorBoard events, if that is not done: takes half a second, for which other ranks may wait."""
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and of no use to a reader
 
             self._events = SummaryWriter(str(self.path / "tensorboard"), flush_secs=10)
-        for tag, value in _scalars(record):
-            self._events.add_scalar(tag, value, record["step"])
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """The records of one kind, in order of time; none if the run stopped before the first."""
