@@ -140,7 +140,7 @@ def compared(place: Place, shape: str, strategies: bool, rounds: int) -> Iterato
     chosen = planned.memory.strategy
     plans, expected = {chosen: plan}, {chosen: (planned.seconds, max(planned.allocated_W))}
     for rival in planned.rivals if strategies else ():
-        if rival.rounds or rival.why.startswith("lacks"):
+        if rival.rounds or rival.bytes > planned.capacity:
             continue
         strategy = rival.memory.strategy
         expected[strategy] = rival.seconds, rival.allocated

@@ -119,6 +119,7 @@ def test_what_a_run_has_counted_makes_a_load() -> None:
     smaller = Load.from_usage(SLOTS // 16, BAGS, HITS, written["layer"])
     assert int(smaller.slots_B.sum()) == SLOTS // 16
     assert smaller.hottest_share == pytest.approx(1 / HITS)  # in every bag, and no more than once
+    assert float((smaller.read_B * smaller.slots_B).sum()) == pytest.approx(HITS)
 
 
 def test_counted_bags_are_counted() -> None:

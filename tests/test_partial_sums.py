@@ -15,8 +15,9 @@ CASES = {
     "bias of a token's layer": (lambda: torch.empty(16, 8192, 1024), [1]),
     "bias, tokens side by side": (lambda: torch.empty(8192, 16, 256), [0]),
     "bias of one output": (lambda: torch.empty(8192, 1), [0]),
-    "odd width": (lambda: torch.empty(50_000, 37), [0]),
-    "even width": (lambda: torch.empty(50_000, 38), [0]),
+    "odd width": (lambda: torch.empty(8192, 301), [0]),
+    "even width": (lambda: torch.empty(8192, 302), [0]),
+    "narrow rows that lie together": (lambda: torch.empty(8192, 10, 30), [0]),
     "few rows": (lambda: torch.empty(100, 2048), [0]),
     "many outputs": (lambda: torch.empty(2048, 2**20), [0]),
     "leading dimensions": (lambda: torch.empty(64, 128, 512), [0, 1]),
@@ -38,6 +39,11 @@ def test_no_blocks_share_short_columns_many_columns_or_rows(name: str) -> None:
     make, dims = CASES[name]
     with torch.device("meta"):
         assert partial_sums_bytes(make(), dims) == 0
+
+
+def test_dimensions_that_lie_one_in_the_other_count_as_one() -> None:
+    sizes = [partial_sums_bytes(torch.empty(8192, *shape), [0]) for shape in ((300,), (10, 30), (301,), (302,))]
+    assert sizes[0] == sizes[1] > 2 * max(sizes[2:]), "300 columns are added four at a time, 301 one, 302 two"
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import torch
 from test_plan_groups import NOTHING_ELSE
 from test_planning import situation
 
+from msn_dist.errors import InputError
 from msn_dist.planner.cost import ModelTime, Phase, message_seconds, operator_seconds, passes_seconds, step_time
 from msn_dist.planner.dense_trace import trace_step
 from msn_dist.planner.exchange_work import exchange_work
@@ -25,6 +26,27 @@ def test_a_batch_is_planned_in_the_chunks_that_a_memory_makes_of_it() -> None:
     tokens = here.config.model.tokens
     assert here.load.chunks == tuple(tokens * len(part) for part in torch.empty(1030).tensor_split(4))
     assert here.load.bags == situation(1, 8, rows=1030).load.bags == 1030 * tokens
+
+
+def test_a_batch_whose_smallest_share_has_fewer_rows_than_chunks_is_refused() -> None:
+    here = situation(1, 2, rows=4, chunks=4)
+    data = here.config.data.model_copy(update={"batch_size": 7})
+    with pytest.raises(InputError, match="chunks"):
+        here.with_config(here.config.model_copy(update={"data": data}))
+
+
+def test_torch_weights_rows_that_are_asked_for_at_home_only() -> None:
+    here = situation(1, 8, lookup="reference")
+    passes = {
+        strategy: exchange_work(here.layout(strategy, "fp32", "fp32"), here.load, here.dim)
+        for strategy in ("row_pooled", "row_gather")
+    }
+    hits = here.load.bags * here.load.hits * here.load.owner_load(8)
+    row = 4 * here.dim
+    gathered, added = 2 * hits * row, 3 * hits * row
+    assert gathered in passes["row_gather"].forward and added in passes["row_gather"].backward
+    assert added in passes["row_pooled"].forward and added not in passes["row_gather"].forward
+    assert passes["row_pooled"].backward.count(added) == 2 and passes["row_gather"].backward.count(added) == 1
 
 
 def test_a_plan_has_room_for_the_rows_of_every_chunk() -> None:

@@ -16,6 +16,7 @@ from msn_dist.planner.exchange_work import exchange_work
 from msn_dist.planner.explain import WIDTH, explain
 from msn_dist.planner.layout import Layout, group_sizes
 from msn_dist.planner.load import expected_bytes
+from msn_dist.planner.loopback import Distinct
 from msn_dist.planner.plan_file import PlanFile, load_plan, write_plan
 from msn_dist.planner.planning import plan
 from msn_dist.planner.search import Search, in_best_groups
@@ -142,6 +143,20 @@ def test_what_two_level_holds_does_not_depend_on_its_groups(wire: str) -> None:
         for size in group_sizes(32, 8)
     }
     assert len(held) == 1
+
+
+@pytest.mark.parametrize("lookup", ["reference", "triton"])
+def test_two_level_of_many_groups_holds_more_than_row_pooled_which_it_contains(lookup: str) -> None:
+    distinct = Distinct(by_chunk=200_000, of_all=30_000_000)
+    for nodes in (16, 64):
+        found = {
+            strategy: exchange_bytes(
+                Layout(8 * nodes, 8, strategy, "bf16", "bf16", lookup), 2**30, 64, 8192, 32, distinct=distinct
+            )
+            for strategy in ("row_pooled", "two_level")
+        }
+        assert found["two_level"].forward > 0.9 * found["row_pooled"].forward
+        assert found["two_level"].backward > 0.9 * found["row_pooled"].backward
 
 
 def test_larger_groups_have_less_of_a_second_level(slow_inside) -> None:

@@ -46,6 +46,14 @@ def test_beyond_a_time_slice_every_collective_costs_as_long(strategy: str, messa
     assert phases(here, strategy)[STRAGGLING].seconds == pytest.approx(0.5e-6 * together)
 
 
+def test_tables_of_replicated_travel_once_a_step_whatever_the_chunks() -> None:
+    found = [
+        phases(sharing_cores(situation(1, 8, chunks=chunks, sub_keys=64), 1e-6, 0.5), "replicated") for chunks in (1, 8)
+    ]
+    for name in (STRAGGLING, "gradients"):
+        assert found[0][name].seconds == pytest.approx(found[1][name].seconds)
+
+
 def test_one_rank_waits_for_nobody_and_ranks_with_devices_of_their_own_are_not_measured() -> None:
     assert STRAGGLING not in phases(sharing_cores(situation(1, 1), 1.0, 0.25), "row_pooled")
     assert STRAGGLING not in phases(situation(1, 8), "row_pooled")

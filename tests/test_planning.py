@@ -97,6 +97,35 @@ def test_rounding_is_chosen_only_if_it_is_allowed() -> None:
     assert any(rival.rounds and rival.seconds < exact.seconds for rival in exact.rivals)
 
 
+@pytest.mark.parametrize("rows", [64, 1024])
+def test_what_fits_only_with_rounding_is_planned_where_that_is_allowed(rows: int) -> None:
+    """Though it is no faster: the host is slower than the device."""
+    here = situation(1, 8, gib=80, sub_keys=32_768, value_dim=256, rows=rows)
+    assert isinstance(plan(here, rounding=False, date="2026-01-01"), Infeasible)
+    found = plan(here, rounding=True, date="2026-01-01")
+    assert found.memory.value_dtype == "bf16" and max(found.bytes_W) <= found.capacity
+    assert set(found.id_tables["features.id_tables"]) == {"user", "item", "hour"}
+
+
+@pytest.mark.parametrize(("nodes", "ranks_per_node"), [(1, 6), (3, 8)])
+def test_the_curves_over_ranks_have_the_planned_ones(nodes: int, ranks_per_node: int) -> None:
+    found = plan(situation(nodes, ranks_per_node), rounding=False, date="2026-01-01")
+    assert dict(found.seconds_over_ranks[found.memory.strategy])[nodes * ranks_per_node] == found.seconds
+
+
+def test_embeddings_of_histories_are_looked_up_for_a_ranks_share_of_all_events() -> None:
+    """Their tables are cut by rows: more ranks bring more events and more owners."""
+    history = {"past": History(columns={"item_past": "item"}, max_length=50)}
+    schema = SCHEMA.model_copy(update={"histories": history})
+    held = []
+    for nodes in (1, 8, 64):
+        here = situation(nodes, 8, strategy="row_gather_unique")
+        model = here.config.model.model_copy(update={"attention": True})
+        here = replace(here, schema=schema, config=here.config.model_copy(update={"model": model}))
+        held.append(next(p for p in Search(here).priced() if p.layout.strategy == "row_gather_unique").storage_W[0])
+    assert held[2].activations < 1.2 * held[0].activations
+
+
 def test_a_plan_is_written_and_read_as_it_is(tmp_path: Path) -> None:
     found = plan(situation(2, 4), rounding=False, date="2026-01-01")
     write_plan(found, tmp_path / "plan.json")

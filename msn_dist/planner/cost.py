@@ -171,7 +171,8 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
     ]
     chunks = situation.memory.chunks if memories else 0
     if machine.straggling is not None and topology.world > 1:
-        together = _ID_COLLECTIVES + _buckets(model) + chunks * sum(m.name != "lengths" for m in messages)
+        travels = sum(1 if m.once else chunks for m in messages if m.name != "lengths")
+        together = _ID_COLLECTIVES + _buckets(model) + travels
         phases.append(_straggling(phases, together, machine.straggling))
     host = host_operators(model.operators, memories, chunks) * machine.dispatch.seconds
     time = StepTime(phases, host, model.lead)
@@ -216,6 +217,8 @@ def message_seconds(message: Message, machine: Machine, topology: Topology, part
     """An all-to-all in so many parts: what goes to other nodes leaves the busiest rank beside what stays in its own."""
     if message.name == "lengths":  # is under way together with the hits
         parts = 0
+    elif message.once:
+        parts = 1
     seconds = _seconds_inside(machine.all_to_all, topology, message.busiest * message.bytes_inside, parts)
     if message.bytes_between:
         link = topology.between_nodes

@@ -55,11 +55,15 @@ def exchange_bytes(
     """
     rest = {"chunks": chunks, "distinct": distinct, "device_type": device_type, "autocast": autocast}
     if layout.strategy == "two_level" and layout.groups > _GROUPS:
-        less, more = (
-            exchange_bytes(replace(layout, world=groups * layout.ranks_of_group), slots, dim, bags, hits, **rest)
-            for groups in (_GROUPS // 2, _GROUPS)
-        )
-        return _extrapolated(less, more, layout.groups)
+
+        def of(groups: int) -> ExchangeBytes:
+            world = groups * layout.ranks_of_group
+            block = -(-slots // layout.world)  # as many rows an owner, of which as many are hit
+            if distinct is not None:
+                rest["distinct"] = replace(distinct, of_all=round(distinct.of_all * world / layout.world))
+            return exchange_bytes(replace(layout, world=world), block * world, dim, bags, hits, **rest)
+
+        return _extrapolated(of(_GROUPS // 2), of(_GROUPS), layout.groups)
     bags = -(-bags // chunks)
     expected = Expected(layout, slots, bags, hits, chunks, distinct)
     exchange = LoopbackExchange(expected)

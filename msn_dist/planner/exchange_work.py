@@ -49,8 +49,9 @@ def exchange_work(layout: Layout, load: Load, dim: int) -> Work:
         _put_off_the_update(work, layout, dim)
     if layout.lookup == "reference" and work.read:
         element = VALUE_DTYPES[layout.value_dtype].itemsize
-        work.forward += _in_torch(work.read, dim, element)
-        work.backward += _in_torch_backward(work.read, work.rows, dim, element)
+        weighted = work.home is None
+        work.forward += _in_torch(work.read, dim, element, weighted)
+        work.backward += _in_torch_backward(work.read, work.rows, dim, element, weighted)
         work.distinct += work.read
         work.read = 0.0
     if layout.optimizer == "rowwise_adam":
@@ -135,17 +136,21 @@ def _coded(wire: str, rows: float, dim: int) -> list[float]:
     return [] if wire == "fp32" else [rows * (_FLOAT * dim + row_bytes(wire, dim))] * 2
 
 
-def _in_torch(hits: float, dim: int, element: int) -> list[float]:
-    """ReferenceLookup.read: the rows, times their weights, added to their bags."""
+def _in_torch(hits: float, dim: int, element: int, weighted: bool = True) -> list[float]:
+    """ReferenceLookup.read: the rows, and if they are `weighted` there times their weights, added to their bags."""
     row = dim * _FLOAT
-    return [hits * (dim * element + row), 2 * hits * row, 3 * hits * row]
+    return [hits * (dim * element + row), *([2 * hits * row, 3 * hits * row] if weighted else [])]
 
 
-def _in_torch_backward(hits: float, rows: float, dim: int, element: int) -> list[float]:
-    """ReferenceLookup.update: the weights' products, gradients of hits, of distinct rows, and a step of these."""
+def _in_torch_backward(hits: float, rows: float, dim: int, element: int, weighted: bool = True) -> list[float]:
+    """ReferenceLookup.update: the weights' products, gradients of hits, of distinct rows, and a step of these.
+
+    The first two only of rows that are `weighted` there.
+    """
     row = dim * _FLOAT
     stepped = rows * (2 * dim * element + 6 * row)
-    return [_weighed(hits, dim, element), 2 * hits * row, 3 * hits * row, 3 * hits * row, stepped]
+    of_hits = [_weighed(hits, dim, element), 2 * hits * row, 3 * hits * row] if weighted else []
+    return [*of_hits, 3 * hits * row, stepped]
 
 
 def _weighed(hits: float, dim: int, element: int) -> float:

@@ -109,7 +109,7 @@ class Load:
         edge_B1, place_X = (of_slots_X * slots).round().to(torch.int64).unique(return_inverse=True)
         hits_B1 = torch.zeros(len(edge_B1), dtype=torch.float64).scatter_reduce(0, place_X, of_hits_X, "amax")
         hits_B1[0], slots_B = 0, edge_B1.diff()
-        return cls(slots, (bags,), hits, (hits * hits_B1.diff() / slots_B).clamp(max=1), slots_B)
+        return cls(slots, (bags,), hits, _at_most_once(hits * hits_B1.diff() / slots_B, slots_B, hits), slots_B)
 
     def in_chunks(self, bags: tuple[int, ...]) -> Load:
         """The same with the batch cut into chunks of so many bags."""
@@ -194,6 +194,7 @@ class Message:
     bytes_inside: float  # to ranks of its node
     bytes_between: float  # to ranks of other nodes
     busiest: float = 1.0  # bytes of the rank that sends or receives most, over the mean
+    once: bool = False  # a step, and not with every chunk of the batch
 
 
 def expected_bytes(
@@ -221,9 +222,11 @@ def expected_bytes(
     in_node = (ranks_per_node - 1) / others  # share of the other ranks
     messages: list[Message] = []
 
-    def send(direction: str, name: str, size: float, busiest: float = 1.0, inside: float = in_node) -> None:
+    def send(
+        direction: str, name: str, size: float, busiest: float = 1.0, inside: float = in_node, once: bool = False
+    ) -> None:
         if size:
-            messages.append(Message(direction, name, size * inside, size * (1 - inside), busiest))
+            messages.append(Message(direction, name, size * inside, size * (1 - inside), busiest, once))
 
     row, weight, value = 4 if block < 2**31 else 8, weight_dtype(wire).itemsize, row_bytes(wire, dim)
     hits_away = m * load.hits * away
@@ -273,10 +276,10 @@ def expected_bytes(
             send("backward", "squares", squares)  # and the sums back
             send("backward", "hits_gradient", others * m * load.hits * 4)
         case "replicated":
-            send("backward", "table_gradient", load.slots * away * value)
+            send("backward", "table_gradient", load.slots * away * value, once=True)
             if optimizer == "rowwise_adam":
-                send("backward", "rows_hit", load.slots * away)
-            send("backward", "table", load.slots * away * 4 * dim)
+                send("backward", "rows_hit", load.slots * away, once=True)
+            send("backward", "table", load.slots * away * 4 * dim, once=True)
         case _:
             raise ValueError(f"unknown strategy {strategy!r}")
     return messages
@@ -366,6 +369,17 @@ def _first_distinct(share_B: Tensor, slots_B: Tensor, hits: int) -> Tensor:
             break
         time += missing / float((slots_B * share_B * torch.exp(-share_B * time)).sum())
     return -torch.expm1(-share_B * time)
+
+
+def _at_most_once(read_B: Tensor, slots_B: Tensor, hits: int) -> Tensor:
+    """A bag has a slot once: what popular ones have beyond that is spread over the others in proportion [B]."""
+    while True:
+        read_B = read_B.clamp(max=1)
+        missing, others_B = hits - float((slots_B * read_B).sum()), read_B < 1
+        of_others = float((slots_B * read_B)[others_B].sum())
+        if missing < 1e-9 * hits or not of_others:
+            return read_B
+        read_B = torch.where(others_B, read_B * (1 + missing / of_others), read_B)
 
 
 def _check(slots: int, hits: int) -> None:

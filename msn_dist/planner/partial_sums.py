@@ -21,15 +21,17 @@ def partial_sums_bytes(x: Tensor, dims: Sequence[int]) -> int:
     in memory: one a block and output, times the outputs of a whole row of threads, although a block has but these.  The
     gradient of a bias is such a sum over the batch: of [8192, 2048] in float32, 64 MiB, it takes 128.  Sums along the
     dimension that lies together in memory are done by a row of threads and take next to nothing; 0 here.
+
+    Tensors of 2 GiB and more are summed in pieces, which take less than this.
     """
     reduced = {dim % x.ndim for dim in dims} if dims else set(range(x.ndim))
-    real = [dim for dim in range(x.ndim) if x.shape[dim] > 1]
-    fastest = min(real, key=x.stride, default=None)
-    if fastest is None or fastest in reduced:
+    real = sorted((dim for dim in range(x.ndim) if x.shape[dim] > 1), key=x.stride)
+    if not real or real[0] in reduced:
         return 0
-    outputs = prod(x.shape[dim] for dim in real if dim not in reduced)
+    kept = [dim for dim in real if dim not in reduced]
+    outputs = prod(x.shape[dim] for dim in kept)
     inputs = x.numel() // outputs
-    at_once = _outputs_at_once(x, fastest, real)
+    at_once = _outputs_at_once(x, kept, [dim for dim in real if dim in reduced])
     threads, most_wide = _BLOCK // at_once, _power_of_two_within(outputs // at_once)
     height = min(_power_of_two_within(inputs), threads // min(most_wide, _WARP))
     width = min(most_wide, threads // height)
@@ -43,11 +45,18 @@ def partial_sums_bytes(x: Tensor, dims: Sequence[int]) -> int:
     return max(4, x.element_size()) * outputs * sharing * width * at_once  # sums of narrower numbers are float32
 
 
-def _outputs_at_once(x: Tensor, fastest: int, real: Sequence[int]) -> int:
-    """Neighbouring outputs of one thread: 4 or 2 where they fill all rows evenly."""
-    if x.stride(fastest) != 1:
+def _outputs_at_once(x: Tensor, kept: Sequence[int], reduced: Sequence[int]) -> int:
+    """Neighbouring outputs of one thread: 4 or 2 where they fill all rows evenly.
+
+    `kept` and `reduced`: dimensions from the fastest on; those that lie one in the other count as one.
+    """
+    first, *rest = kept
+    if x.stride(first) != 1:
         return 1
-    sizes = [x.shape[fastest], *(x.stride(dim) for dim in real if dim != fastest)]
+    row = x.shape[first]
+    while rest and x.stride(rest[0]) == row:
+        row *= x.shape[rest.pop(0)]
+    sizes = [row, *(x.stride(dim) for dim in (*rest, *reduced))]
     return next(count for count in (4, 2, 1) if not any(size % count for size in sizes))
 
 

@@ -84,6 +84,10 @@ class Search:
             on_device = min(total for layout, total in totals.items() if layout.tier == "device")
             # the host tier leaves more room, which is not to crowd out the layouts without it
             without = on_device if on_device <= capacity else min(totals.values())
+            if without > capacity:  # what rounds more may fit
+                rounding = (layout for layout in self.layouts if layout not in totals)
+                totals |= {one: max(storage.total for storage in self._storage_W(one, [])) for one in rounding}
+                without = min(totals.values())
             ids = IdPlan([], 0.0) if without > capacity else place_ids(situation, without)
         self.ids = ids
         self._times = {layout: self.time(layout) for layout in self.layouts}
@@ -93,12 +97,15 @@ class Search:
     def priced(self) -> list[Priced]:
         """Those that fit by time, then the others by what they lack.
 
-        Of layouts that round more than the config, the fastest few.
+        Of layouts that round more than the config, the fastest few; if none of all these fits, the fastest that does.
         """
         exact = min(self._times[layout].seconds for layout in self._by_time if self.exact(layout))
         faster = [layout for layout in self._by_time if self._times[layout].seconds < _WORTH * exact]
         rounding = [layout for layout in faster if not self.exact(layout)][:_ROUNDING]
         priced = [self._price(layout) for layout in self._by_time if layout in rounding or self.exact(layout)]
+        if all(one.short for one in priced):
+            others = (self._price(one) for one in self._by_time if one not in rounding and not self.exact(one))
+            priced += [one for one in others if not one.short][:1]
         return sorted(priced, key=lambda one: one.short)
 
     def fastest(self) -> Priced | None:
@@ -121,7 +128,10 @@ class Search:
         return memory is None or (layout.wire, layout.value_dtype) == (memory.wire, memory.value_dtype)
 
     def seconds_over_ranks(self, tier: str) -> dict[str, list[list[float]]]:
-        """{strategy: [[ranks, seconds a step], ...]} on more and fewer nodes, with as many rows a rank."""
+        """{strategy: [[ranks, seconds a step], ...]} on more and fewer nodes, with as many rows a rank.
+
+        The id tables are taken to cost what they do on the planned ranks.
+        """
         here, memory = self.situation, self.situation.memory
         curves: dict[str, list[list[float]]] = {}
         for topology in _sizes(here):
@@ -203,14 +213,18 @@ def _why_not(situation: Situation, strategy: str) -> str | None:
 
 
 def _sizes(situation: Situation) -> list:
-    """Topologies with 1, 2, 4, ... nodes, or ranks of the one node where a GPU's profile holds for any number."""
+    """Topologies with 1, 2, 4, ... nodes, or ranks of the one node where a GPU's profile holds for any number.
+
+    The planned one is among them.
+    """
     topology = situation.topology
     if topology.nodes > 1:
-        return [topology.model_copy(update={"nodes": 2**i}) for i in range((4 * topology.nodes).bit_length())]
+        counts = {2**i for i in range((4 * topology.nodes).bit_length())} | {topology.nodes}
+        return [topology.model_copy(update={"nodes": count}) for count in sorted(counts)]
     if situation.machine.kind == "cpu":
         return [topology]
-    counts = [2**i for i in range(topology.ranks_per_node.bit_length())]
-    return [topology.model_copy(update={"ranks_per_node": count}) for count in counts]
+    counts = {2**i for i in range(topology.ranks_per_node.bit_length())} | {topology.ranks_per_node}
+    return [topology.model_copy(update={"ranks_per_node": count}) for count in sorted(counts)]
 
 
 def _traced(situation: Situation, traces: dict[str, StepTrace]) -> StepTrace:

@@ -90,7 +90,7 @@ class Situation:
         for (key, back_end), reason in reasons.items():
             if reason is not None and getattr(memory, key) == back_end:
                 raise InputError(f"memory.{key}={back_end}: {reason}; set memory.{key} to auto or reference")
-        memory.require_rows(self.rows)
+        memory.require_rows(self.config.data.batch_size // self.topology.world)  # of the rank with least
 
     def _why_not_in_fbgemm(self, value_dtype: str) -> str | None:
         return why_not_in_fbgemm(VALUE_DTYPES[value_dtype], torch.device(self.machine.kind), self.optimizer)

@@ -45,7 +45,7 @@ class Span:
         int  # most bytes at once, without parameters, their gradients and state, the batch and the outputs of look-ups
     )
     held: frozenset[int]  # look-ups between their forward and their backward
-    outputs: frozenset[int]  # look-ups whose output, float32 [M, D], the model holds
+    outputs: frozenset[int]  # look-ups whose output [M, D] the model holds
     look_up: int | None = None  # one is under way: `live` is what it finds
 
 

@@ -13,9 +13,11 @@ At any time t of a step the rank holds
 
 and the peak is the largest such sum.
 
-On a GPU the dense gradients count twice.  DistributedDataParallel makes its buckets anew in the forward of the third
-step, when it knows the order in which gradients come; the old ones are given back when NCCL's watchdog has looked at
-their last all-reduce, which may be some steps later.
+On a GPU the dense gradients count twice.  DistributedDataParallel makes its buckets anew once it knows the order in
+which gradients come, with TorchRec's static_graph in the forward of the third step; the old ones are given back some
+steps later, it seems when NCCL's watchdog has looked at their last all-reduce.
+
+Buffers of an exchange are those of an owner with the mean load: where the busiest one has more hits, its are larger.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class Storage:
     id_tables: int
     id_state: int
     dense_parameters: int
-    dense_gradients: int  # the buckets of DistributedDataParallel, which the gradients are views of
+    dense_gradients: int  # the buckets of DistributedDataParallel, which gradients are views of; on a GPU old and new
     dense_state: int  # AdamW
     batch: int
     activations: int  # at the peak of a step, with what the exchange and the optimizer need then
@@ -185,14 +187,15 @@ def _held(
 def _held_by_ids(world: int, look_up: LookUp, id_dims: int) -> ExchangeBytes:
     """Of TorchRec's embeddings, on a rank that holds tables of so many columns in all.
 
-    It is an estimate, as TorchRec's buffers are many and small: the embeddings of all ranks' rows leave by an
-    all-to-all, of which both sides are there at once; ids travel in 8 bytes and are kept until the next step.
+    It is an estimate, as TorchRec's buffers are many and small: what it looks up leaves by an all-to-all, of which both
+    sides are there at once; ids travel in 8 bytes and are kept until the next step.  Whole tables are looked up for the
+    rows of all ranks; those read as sequences are cut by rows, and a rank has its share of the events of all.
     """
     output = 4 * look_up.bags * look_up.dim
     kept = 8 * look_up.bags * (look_up.hits + 1)
     if world == 1:
         return ExchangeBytes(kept, 0, False, 2 * output, output)
-    looked_up = 4 * world * look_up.bags * (id_dims if look_up.kind == "ids" else look_up.dim)
+    looked_up = 4 * look_up.bags * (world * id_dims if look_up.kind == "ids" else look_up.dim)
     return ExchangeBytes(kept, kept, False, 2 * looked_up + output, 2 * looked_up)
 
 
