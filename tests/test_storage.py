@@ -156,6 +156,28 @@ def test_a_gpu_is_planned_for_without_one() -> None:
     assert all(storage.dense_gradients == 2 * storage.dense_parameters for storage in storages), "DDP's, old and new"
 
 
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        ("row_pooled", 8 * 32),
+        ("row_pooled_sparse", 8 * 32),
+        ("row_gather", 4 * 64 * 32),
+        ("row_gather_unique", 4 * 64 * 16),
+    ],
+)
+def test_the_busiest_owner_has_room_for_what_comes_to_it(strategy: str, more: int) -> None:
+    """`more` bytes a bag at least where twice as much comes: hits and weights, or the rows that are owed."""
+    bags = 4096
+    mean, twice = (
+        exchange_bytes(
+            Layout(64, 8, strategy, lookup="triton"), 2**24, 64, bags, 32, distinct=Distinct(16 * bags, 64 * bags, load)
+        )
+        for load in (1.0, 2.0)
+    )
+    assert twice.forward - mean.forward >= more * bags
+    assert twice.saved > mean.saved
+
+
 def test_tables_lie_where_the_plan_says() -> None:
     config = CASES[2]["row_pooled"]
     tables = [

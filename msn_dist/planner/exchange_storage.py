@@ -1,8 +1,8 @@
 """What a memory's look-up and its exchange hold on a rank, in both directions, for every strategy.
 
 No formula is kept beside the strategies: their own code runs on fake tensors, over an exchange that returns empty
-buffers of the right size, so that what is counted here is what they do.  The load is the expected one: owners are hit
-alike, and every rank has the same number of bags.
+buffers of the right size, so that what is counted here is what they do.  The load is the expected one of the busiest
+owner, or where `distinct` is None owners are hit alike; every rank has the same number of bags.
 
 Shape suffixes: M bags of a rank, L hits a bag, H hits, W ranks, G bags looked up, D value width.
 """

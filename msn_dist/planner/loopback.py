@@ -1,7 +1,7 @@
 """A sharded value table of rank 0 that needs no other ranks and no kernels, for counting what its code holds.
 
-Its exchange returns empty buffers of the size that is expected where owners are hit alike.  Everything is to be run
-under fake tensors.
+Its exchange returns empty buffers of the size that is expected, for an owner that is hit as its load says.  Everything
+is to be run under fake tensors.
 
 Shape suffixes: M bags of a rank, L hits a bag, H hits, W ranks, G bags looked up, R rows of a table, A rows that came,
 D value width.
@@ -39,10 +39,11 @@ from msn_dist.sharding.wire import wires
 
 @dataclass(frozen=True)
 class Distinct:
-    """Rows that hits fall on."""
+    """Rows that hits fall on, and how unevenly their owners are hit."""
 
     by_chunk: int  # of a rank's hits, of each chunk for itself, added up
     of_all: int  # of the hits of all ranks and chunks of a step
+    owner_load: float = 1.0  # what comes to this owner, over the mean
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,18 @@ class Expected:
             case "column":
                 return each
             case "row_gather":
-                return [_split(total, world)] * 2
+                return [_split(total, world), self._come(total)]
             case "row_gather_unique":
-                return [_split(self.asked, world)] * 2
+                return [_split(self.asked, world), self._come(self.asked)]
             case "row_pooled_sparse":
-                return [[_split(total, world), _split(self.pairs, world)]] * 2
-        return [[_split(total, world), each]] * 2
+                owed = self._come(self.pairs, most=bags * world)  # an owner that every bag hits
+                return [[_split(total, world), _split(self.pairs, world)], [self._come(total), owed]]
+        return [[_split(total, world), each], [self._come(total), each]]
+
+    def _come(self, mean: int, most: float = math.inf) -> list[int]:
+        """From each rank, where so many come to the mean owner."""
+        load = 1.0 if self.rows is None else self.rows.owner_load
+        return _split(round(min(load * mean, most)), self.layout.world)
 
 
 def _distinct(rows: int, hits: int) -> int:

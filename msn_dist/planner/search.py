@@ -169,7 +169,11 @@ class Search:
         distinct = None
         if situation.memory is not None:
             load = situation.load
-            distinct = Distinct(round(load.rows_by_chunk(1)), round(load.rows(layout.world)))
+            distinct = Distinct(
+                round(load.rows_by_chunk(1)),
+                round(load.rows(layout.world)),
+                load.owner_load(layout.world, once=layout.strategy == "row_gather_unique"),
+            )
         return rank_storage(situation.config, situation.schema, layout, self.trace, tables, distinct)
 
 

@@ -17,7 +17,7 @@ On a GPU the dense gradients count twice.  DistributedDataParallel makes its buc
 which gradients come, with TorchRec's static_graph in the forward of the third step; the old ones are given back some
 steps later, it seems when NCCL's watchdog has looked at their last all-reduce.
 
-Buffers of an exchange are those of an owner with the mean load: where the busiest one has more hits, its are larger.
+Buffers of an exchange are those of the busiest owner, on every rank: any may be it.
 """
 
 from __future__ import annotations
