@@ -126,6 +126,15 @@ def test_embeddings_of_histories_are_looked_up_for_a_ranks_share_of_all_events()
     assert held[2].activations < 1.2 * held[0].activations
 
 
+def test_keys_that_share_a_table_have_their_sums_each() -> None:
+    here = situation(64, 8, rows=64, sub_keys=1024, top_k=4)
+    ids = {**SCHEMA.ids, "last_item": "item", "next_item": "item"}
+    shared = replace(here, schema=SCHEMA.model_copy(update={"ids": ids}))
+    one, three = (max(storage.activations for storage in Search(at).priced()[0].storage_W) for at in (here, shared))
+    sums = 4 * 512 * 64 * here.config.model.embedding_dim
+    assert three - one >= 2 * 2 * sums  # of two keys, on both sides of the all-to-all
+
+
 def test_a_plan_is_written_and_read_as_it_is(tmp_path: Path) -> None:
     found = plan(situation(2, 4), rounding=False, date="2026-01-01")
     write_plan(found, tmp_path / "plan.json")

@@ -114,8 +114,8 @@ def calibrate(
         figures["straggling"] = curve(
             "ranks that wait", lambda seconds: _straggling(clock, node, seconds), [1e-3, 4e-3, 16e-3]
         )
-    if clock.unsteady > _STEADY:
-        say(f"note: rounds of a measurement differed {clock.unsteady:.1f} times: something else runs here; repeat it")
+    if (unsteady := clock.most(clock.unsteady)) > _STEADY:
+        say(f"note: rounds of a measurement differed {unsteady:.1f} times: something else runs here; repeat it")
     return Machine(
         name=device_name(device),
         kind=device.type,

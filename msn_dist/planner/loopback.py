@@ -22,7 +22,7 @@ from msn_dist.memory.health import SlotUsage
 from msn_dist.memory.placement import Placement
 from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.planner.layout import Layout
-from msn_dist.sharding.buckets import Buckets
+from msn_dist.sharding.buckets import MOST_RANKS_OF_KERNEL, Buckets
 from msn_dist.sharding.column import Column
 from msn_dist.sharding.exchange import Flight
 from msn_dist.sharding.hits import Hits
@@ -287,7 +287,7 @@ def bare_table(expected: Expected, dim: int, exchange: LoopbackExchange) -> Shar
         values.row_dtype = torch.int32 if rows < 2**31 else torch.int64
         stand_in = _STAND_INS.get((layout.lookup, layout.tier))
         values.lookup = stand_in(rows, dim, dtype) if stand_in else ReferenceLookup(rows, dim, optimizer, device, dtype)
-        if layout.lookup == "triton":
+        if layout.lookup == "triton" and layout.world <= MOST_RANKS_OF_KERNEL:
             values.bucketed = lambda slots_ML: _kernel_buckets(
                 values.placement.row_of(slots_ML), values.block, layout.world
             )

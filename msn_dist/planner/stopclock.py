@@ -25,7 +25,7 @@ class Stopclock:
 
     def __init__(self, device: torch.device, control: dist.ProcessGroup) -> None:
         self.device, self._control = device, control
-        self.unsteady = 1.0  # the slowest round of an operation over its fastest, at most
+        self.unsteady = 1.0  # the slowest round of an operation over its fastest on this rank, at most
 
     def seconds(self, call: Callable[[], Any], *, warm: bool = False) -> float:
         """One call, on the device; ranks may make different numbers of calls.
@@ -95,9 +95,17 @@ class Stopclock:
         return self._settled(rounds)
 
     def mean(self, number: float) -> float:
-        total = torch.tensor(number, dtype=torch.float64)
-        dist.all_reduce(total, group=self._control)
-        return float(total) / self._control.size()
+        """Over all ranks."""
+        return self._reduced(number, dist.ReduceOp.SUM) / self._control.size()
+
+    def most(self, number: float) -> float:
+        """Of all ranks."""
+        return self._reduced(number, dist.ReduceOp.MAX)
+
+    def _reduced(self, number: float, by: dist.ReduceOp) -> float:
+        reduced = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(reduced, by, group=self._control)
+        return float(reduced)
 
     def together(self) -> None:
         """All ranks have come here."""

@@ -22,6 +22,7 @@ Buffers of an exchange are those of the busiest owner, on every rank: any may be
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
@@ -106,7 +107,9 @@ def rank_storage(
     rows_W = [memory_rows(config, layout, rank) for rank in (0, layout.world - 1)]
     dense = sum(trace.parameters)
     on_gpu = trace.device_type == "cuda"
-    dims_W = [sum(t.dim for t in ids if t.rows_per_rank[rank]) for rank in range(layout.world)]
+    keys = Counter(map(schema.table_of, schema.sparse_keys))  # of a table; each has its sums
+    pooled = [table for table in ids if not table.module.endswith("sequence_tables")]
+    dims_W = [sum(t.dim * keys[t.table] for t in pooled if t.rows_per_rank[rank]) for rank in range(layout.world)]
     steps = {dims: _step(config, layout, trace, dims, distinct) for dims in set(dims_W)}
     storages = []
     for rank in range(layout.world):
@@ -185,7 +188,7 @@ def _held(
 
 
 def _held_by_ids(world: int, look_up: LookUp, id_dims: int) -> ExchangeBytes:
-    """Of TorchRec's embeddings, on a rank that holds tables of so many columns in all.
+    """Of TorchRec's embeddings, on a rank that makes sums of so many columns in all, for every row.
 
     It is an estimate, as TorchRec's buffers are many and small: what it looks up leaves by an all-to-all, of which both
     sides are there at once; ids travel in 8 bytes and are kept until the next step.  Whole tables are looked up for the
