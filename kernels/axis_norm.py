@@ -1,5 +1,4 @@
-"""LayerNorm of queries and of keys, both axes in one launch: short rows, one pass forward and one backward (DESIGN
-section 1).
+"""LayerNorm of queries and of keys, both axes in one launch: short rows, one pass forward and one backward.
 
     y = xhat gamma + beta        xhat = (x - mean) r        r = (var + eps)^-1/2        mean and var over E
 

@@ -1,4 +1,4 @@
-"""The gate x~ = x * f(v) of a token by what its memory gave it: one pass forward, one backward (DESIGN section 1).
+"""The gate x~ = x * f(v) of a token by what its memory gave it: one pass forward, one backward.
 
     out = x f(v)        dx = g f(v)        dv = g x f'(v)        f: tanh, 1 + tanh, sigmoid, identity
 

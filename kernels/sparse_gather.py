@@ -146,7 +146,7 @@ def gated_sparse_gather(
     scale_R: Tensor | None = None,
     shape: GatherShape | None = None,
 ) -> Tensor:
-    """x * tanh(sparse_gather(...)) [G, D] in the dtype of x (float32, bfloat16 or float16): DESIGN section 1's gate.
+    """x * tanh(sparse_gather(...)) [G, D] in the dtype of x (float32, bfloat16 or float16): the gate of a token.
 
     The sums do not travel through memory, and enter the gate as float32.  Arguments and errors are those of
     `sparse_gather`.

@@ -149,7 +149,7 @@ def calibrate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[Path, typer.Option(help="File of the profile.")] = Path("machine.json"),
 ) -> None:
-    """Measure what this machine can do, for `msn plan`; takes less than a minute.
+    """Measure what this machine can do, for `msn plan`; takes one or two minutes.
 
     On several nodes, start it by launch/torchrun.sh, as a run.
     """

@@ -1,4 +1,4 @@
-"""Product keys: which k of N * N slots a query reads, and with what weights (DESIGN section 1).
+"""Product keys: which k of N * N slots a query reads, and with what weights.
 
 Two small sets of N sub-keys stand for n = N * N keys: slot r = I * N + J scores
 s_row[I] + s_col[J], so its top-k comes from the top-k of each axis, at a cost of 2 N instead of N^2.

@@ -1,6 +1,6 @@
 """The value table over the ranks of a process group: what all strategies share.
 
-A step goes through TorchRec's three phases, each with the messages of the strategy (DESIGN section 3):
+A step goes through TorchRec's three phases, each with the messages of the strategy:
 
     input_dist    slots -> rows -> the ranks that look them up
     compute       the look-up; its backward updates the rows
