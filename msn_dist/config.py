@@ -43,7 +43,7 @@ class DataConfig(Part):
 
 
 class MemoryConfig(Part):
-    """Product-key memory of one layer ; n = sub_keys ** 2 slots."""
+    """Product-key memory of one layer; n = sub_keys ** 2 slots."""
 
     sub_keys: int = Field(256, ge=2, le=2**21, description="N, sub-keys per axis")
     top_k: int = Field(32, ge=1, description="k, slots read by one query")

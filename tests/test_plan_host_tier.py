@@ -15,6 +15,7 @@ from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.planner.cost import ARRIVING, LEAVING
 from msn_dist.planner.explain import WIDTH, explain
 from msn_dist.planner.host_tier import CacheStep, cache_bytes
+from msn_dist.planner.id_placement import IdPlan
 from msn_dist.planner.load import Load
 from msn_dist.planner.machine import Machine
 from msn_dist.planner.plan_file import PlanFile, load_plan, write_plan
@@ -149,6 +150,16 @@ def test_the_host_tier_is_chosen_where_the_device_is_too_small_and_the_reason_sa
     assert "values fp32 in host memory" in card.story
     first, *others = [row[1] for row in card.grids[1].rows]
     assert first == "fp32 in host memory" and "fp32" in others
+
+
+def test_id_tables_that_only_the_host_tier_leaves_room_for_are_placed() -> None:
+    """The device layout fits without them: that there is room for it must not turn a plan into none."""
+    here = situation(1, 8, **LARGE)
+    alone = min(priced.fullest for priced in Search(here, ids=IdPlan([], 0.0)).priced()) / GIB
+    for gib in (alone - 0.01, alone + 0.01):
+        found = planned(with_host(situation(1, 8, gib=gib, **LARGE)))
+        assert found.memory.tier == "host"
+        assert set(found.id_tables["features.id_tables"]) == {"user", "item", "hour"}
 
 
 def test_where_the_device_has_room_it_wins_and_the_host_tier_is_told_of() -> None:

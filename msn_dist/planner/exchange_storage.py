@@ -59,9 +59,9 @@ def exchange_bytes(
         def of(groups: int) -> ExchangeBytes:
             world = groups * layout.ranks_of_group
             block = -(-slots // layout.world)  # as many rows an owner, of which as many are hit
-            if distinct is not None:
-                rest["distinct"] = replace(distinct, of_all=round(distinct.of_all * world / layout.world))
-            return exchange_bytes(replace(layout, world=world), block * world, dim, bags, hits, **rest)
+            there = distinct and replace(distinct, of_all=round(distinct.of_all * world / layout.world))
+            smaller = replace(layout, world=world)
+            return exchange_bytes(smaller, block * world, dim, bags, hits, **rest | {"distinct": there})
 
         return _extrapolated(of(_GROUPS // 2), of(_GROUPS), layout.groups)
     bags = -(-bags // chunks)

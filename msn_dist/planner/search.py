@@ -9,6 +9,7 @@ that is allowed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -19,6 +20,7 @@ from msn_dist.errors import InputError
 from msn_dist.planner.cost import ModelTime, StepTime, step_time
 from msn_dist.planner.dense_trace import StepTrace, trace_step
 from msn_dist.planner.id_placement import IdPlan, place_ids
+from msn_dist.planner.id_tables import NoRoom
 from msn_dist.planner.layout import Layout, group_sizes
 from msn_dist.planner.loopback import Distinct
 from msn_dist.planner.situation import Situation
@@ -74,22 +76,7 @@ class Search:
         self.trace = _traced(situation, {} if traces is None else traces)
         self._model = ModelTime.of(self.trace, situation.machine)
         self.layouts = list(self._layouts()) if situation.memory else [situation.bare_layout]
-        if ids is None:
-            capacity = situation.topology.device_bytes
-            totals = {
-                layout: max(storage.total for storage in self._storage_W(layout, []))
-                for layout in self.layouts
-                if self.exact(layout)
-            }
-            on_device = min(total for layout, total in totals.items() if layout.tier == "device")
-            # the host tier leaves more room, which is not to crowd out the layouts without it
-            without = on_device if on_device <= capacity else min(totals.values())
-            if without > capacity:  # what rounds more may fit
-                rounding = (layout for layout in self.layouts if layout not in totals)
-                totals |= {one: max(storage.total for storage in self._storage_W(one, [])) for one in rounding}
-                without = min(totals.values())
-            ids = IdPlan([], 0.0) if without > capacity else place_ids(situation, without)
-        self.ids = ids
+        self.ids = self._placed_ids() if ids is None else ids
         self._times = {layout: self.time(layout) for layout in self.layouts}
         # where the host is what is waited for, the device decides
         self._by_time = sorted(self.layouts, key=lambda one: (self._times[one].seconds, self._times[one].device))
@@ -116,6 +103,34 @@ class Search:
     def time(self, layout: Layout) -> StepTime:
         """Of one of `layouts`, or of two_level in groups of another size."""
         return step_time(self.situation, layout, self._model, self.ids.seconds)
+
+    def _placed_ids(self) -> IdPlan:
+        """Beside a layout on the device, else one that leaves more room: in the other tier, or one that rounds more.
+
+        None are placed where no layout fits even without them.
+        """
+        capacity, lack = self.situation.topology.device_bytes, None
+        for least in self._least_totals():
+            if least > capacity:
+                continue
+            try:
+                return place_ids(self.situation, least)
+            except NoRoom as short:
+                lack = short
+        if lack is not None:
+            raise lack
+        return IdPlan([], 0.0)
+
+    def _least_totals(self) -> Iterator[int]:
+        """Bytes of the fullest rank without id tables: least of exact layouts on the device, of exact ones, of all."""
+        device = [layout for layout in self.layouts if self.exact(layout) and layout.tier == "device"]
+        host = [layout for layout in self.layouts if self.exact(layout) and layout.tier == "host"]
+        rounding = [layout for layout in self.layouts if not self.exact(layout)]
+        least = math.inf
+        for layouts in (device, host, rounding):
+            totals = (max(storage.total for storage in self._storage_W(layout, [])) for layout in layouts)
+            if (total := min(totals, default=math.inf)) < least:
+                yield (least := total)
 
     def _price(self, layout: Layout) -> Priced:
         storage_W = self._storage_W(layout, self.ids.tables)
