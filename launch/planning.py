@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import shlex
 import sys
 from datetime import date
 from functools import partial
@@ -30,7 +31,7 @@ def calibrate(output: Path, device: str) -> None:
     from msn_dist.training.tiny_step import tiny_step
 
     with joined_ranks(TrainingConfig(device=device)) as ranks:
-        console = Console(quiet=ranks.rank != 0, highlight=False, soft_wrap=True)
+        console = Console(quiet=ranks.rank != 0, highlight=False, markup=False, soft_wrap=True)
         ranks.together(lambda: _require_folder(output) if ranks.rank == 0 else None)
         with console.status("") as status:
 
@@ -102,6 +103,8 @@ def plan(
     for name, value, most in (("--zipf", zipf, 4), ("--max-gib", most_gib, 1e5), ("--max-ms", most_ms, 1e9)):
         if value is not None and not 0 < value <= most:  # also NaN
             raise InputError(f"{name} {value}: must be above 0 and at most {most:g}")
+    if output is not None and any(output.resolve() == path.resolve() for path in (config_path, topology_path)):
+        raise InputError(f"--output {output}: is what is read; name another file")
     if tune and output is not None:
         raise InputError("--output: --tune makes no plan; take one of its lines as KEY=VALUE and plan again")
     if zipf is not None and usage is not None:
@@ -119,7 +122,7 @@ def plan(
         load_machine(topology.machine, near=topology_path.parent),
         Popularity(zipf, None if usage is None else _usage(usage)),
     )
-    console = Console(width=explain.WIDTH, highlight=False)
+    console = Console(width=explain.WIDTH, highlight=False, markup=False)
     if tune:
         from msn_dist.planner.tuning import tune as sweep
         from msn_dist.planner.tuning import tuned_table
@@ -141,9 +144,17 @@ def plan(
         return 3
     if output is not None:
         write_plan(found, output)
-        command = " ".join(["msn train", str(config_path), *overrides, "--plan", str(output)])
-        console.print(f"written to {output}: {command}", soft_wrap=True, markup=False)
+        command = _training(config_path, overrides, output, found.world_size, found.ranks_per_node)
+        console.print(f"written to {output}: {command}", soft_wrap=True)
     return 0
+
+
+def _training(config: Path, overrides: list[str], plan: Path, world: int, ranks_per_node: int) -> str:
+    """The command that trains by a plan; on several nodes it is started on each (docs/launch.md)."""
+    arguments = ["train", str(config), *overrides, "--plan", str(plan)]
+    if world > ranks_per_node:
+        return shlex.join(["launch/torchrun.sh", *arguments])
+    return shlex.join(["msn", *arguments, *(["--nproc", str(world)] if world > 1 else [])])
 
 
 def _usage(run: Path) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -68,6 +69,28 @@ def test_a_plan_fits_80_columns_and_is_written(planned: Path, folder: Path, caps
     for word in ("critical path", "may fill", "not chosen", "busiest owner", "Zipf 1.1"):
         assert word in printed
     assert load_plan(planned).world_size == 2
+
+
+def test_the_command_that_trains_by_a_plan_is_printed_as_it_is_to_be_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    text = (folder / "topology.yaml").read_text().replace("two ranks", '"two [eu] ranks"')
+    (folder / "named.yaml").write_text(text)
+    place = tmp_path / "a plan[1].json"
+    assert msn("plan", folder / "config.yaml", "--topology", folder / "named.yaml", "--output", place) == 0
+    printed = capsys.readouterr().out
+    assert "two [eu] ranks" in printed
+    command = next(line for line in printed.splitlines() if line.startswith("written to")).split(": ", 1)[1]
+    assert shlex.split(command) == ["msn", "train", str(folder / "config.yaml"), "--plan", str(place), "--nproc", "2"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "topology.yaml"])
+def test_a_plan_is_not_written_over_what_it_is_made_of(name: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    before = (folder / name).read_text()
+    command = ("plan", folder / "config.yaml", "--topology", folder / "topology.yaml", "--output", folder / name)
+    assert msn(*command) == 2
+    assert "is what is read" in capsys.readouterr().err.replace("\n", " ")
+    assert (folder / name).read_text() == before
 
 
 @pytest.fixture(scope="module")
