@@ -10,10 +10,14 @@ import sys
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from msn_dist.errors import InputError
+
+if TYPE_CHECKING:
+    from msn_dist.data.schema import Schema
 
 
 def calibrate(output: Path, device: str) -> None:
@@ -115,12 +119,14 @@ def plan(
     topology = load_topology(topology_path)
     if most_gib is not None:
         topology = topology.model_copy(update={"device_gib": min(most_gib, topology.device_gib)})
+    schema = load_schema(config.data.path)
     situation = Situation(
         config,
-        load_schema(config.data.path),
+        schema,
         topology,
         load_machine(topology.machine, near=topology_path.parent),
         Popularity(zipf, None if usage is None else _usage(usage)),
+        _mean_lengths(Path(config.data.path) / "train", schema),
     )
     console = Console(width=explain.WIDTH, highlight=False, markup=False)
     if tune:
@@ -155,6 +161,14 @@ def _training(config: Path, overrides: list[str], plan: Path, world: int, ranks_
     if world > ranks_per_node:
         return shlex.join(["launch/torchrun.sh", *arguments])
     return shlex.join(["msn", *arguments, *(["--nproc", str(world)] if world > 1 else [])])
+
+
+def _mean_lengths(split: Path, schema: Schema) -> dict[str, float]:
+    if not split.is_dir():  # a plan needs no data
+        return {}
+    from msn_dist.data.lengths import mean_lengths
+
+    return mean_lengths(split, schema)
 
 
 def _usage(run: Path) -> dict:

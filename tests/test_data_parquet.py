@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from msn_dist.data.lengths import mean_lengths
 from msn_dist.data.parquet import ParquetReader
 from msn_dist.data.schema import History, Schema
 from msn_dist.errors import InputError
@@ -69,6 +70,18 @@ def test_batch_holds_the_columns_of_each_row_and_the_newest_events(folder):
         assert batch.dense_BF[:, 0].tolist() == (number * 0.5).tolist()
         assert batch.labels_BK[:, 0].tolist() == (number % 2).tolist()
         np.testing.assert_array_equal(batch.labels_BK[:, 1], np.where(number % 5 == 0, np.nan, number % 2))
+
+
+def test_mean_lengths_are_those_of_the_lists_as_they_are_read(folder, tmp_path):
+    lists = [[n % of for n in range(100)] for of in (3, 6, 6)]
+    of_lists = dict(zip(("bag", "seen_item", "seen_colour"), (sum(lengths) / 100 for lengths in lists), strict=True))
+    assert mean_lengths(folder, SCHEMA) == of_lists
+    seen = SCHEMA.histories["seen"].model_copy(update={"max_length": 2})
+    shorter = SCHEMA.model_copy(update={"histories": {"seen": seen}})
+    assert mean_lengths(folder, shorter) == of_lists | {"seen_item": 2, "seen_colour": 2}
+    assert mean_lengths(tmp_path, SCHEMA) == {}
+    pq.write_table(rows_table(0, 0), tmp_path / "a.parquet")
+    assert mean_lengths(tmp_path, SCHEMA) == {}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 20])

@@ -22,7 +22,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from msn_dist.errors import InputError
 from msn_dist.memory import MemoryValues
 from msn_dist.models.features import one_row
-from msn_dist.planner.id_tables import IdTablesPlan, NoRoom, Rates, plan_id_tables
+from msn_dist.planner.id_tables import IdTablesPlan, NoRoom, plan_id_tables
+from msn_dist.planner.machine import Collective, Curve, Machine, load_machine
 from msn_dist.planner.topology import Link, Topology
 from msn_dist.sharding import MemoryValuesSharder
 from ranks import run_ranks
@@ -31,7 +32,7 @@ GIB, DIM = 2**30, 16
 RATE, EPS = 0.5, 1e-8
 ADAGRAD = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": RATE, "eps": EPS}
 SHARDERS = [EmbeddingBagCollectionSharder(fused_params=ADAGRAD), EmbeddingCollectionSharder(fused_params=ADAGRAD)]
-RATES = Rates(random_rows=2e12, inside_node=Link(bandwidth_gb_s=350.0, latency_us=0.0))
+H200 = load_machine("h200")
 CRITEO = [39_884_406, 39_043, 17_289, 7_420, 20_263, 3, 7_120, 1_543, 63, 38_532_951, 2_953_546, 403_346, 10]
 CRITEO += [2_208, 11_938, 155, 4, 976, 14, 39_979_771, 25_641_295, 39_664_984, 585_935, 12_972, 108, 36]
 
@@ -61,6 +62,15 @@ def config_of(name: str, rows: int) -> dict:
     return {"name": name, "num_embeddings": rows, "embedding_dim": DIM, "feature_names": [name]}
 
 
+def linked(machine: Machine, gb_s: float, latency: float = 0.0) -> Machine:
+    return machine.model_copy(
+        update={"all_to_all": Collective(latency=latency, bandwidth=gb_s * 1e9, source="estimated")}
+    )
+
+
+MACHINE = linked(H200, 350.0)
+
+
 def ranks(nodes: int, ranks_per_node: int, gib: float = 80.0, between_gb_s: float = 40.0) -> Topology:
     between = Link(bandwidth_gb_s=between_gb_s, latency_us=0.0)
     return Topology(
@@ -69,7 +79,7 @@ def ranks(nodes: int, ranks_per_node: int, gib: float = 80.0, between_gb_s: floa
 
 
 def planned(model: nn.Module, topology: Topology, reserved: int = 0, rows: int = 2048, **options) -> IdTablesPlan:
-    return plan_id_tables(model, SHARDERS, topology, RATES, rows, reserved, "cuda", **options)
+    return plan_id_tables(model, SHARDERS, topology, MACHINE, rows, reserved, **options)
 
 
 def criteo() -> Tables:
@@ -165,22 +175,42 @@ def test_time_and_bytes_are_those_of_the_formulas(sharding: str, hits: int, sums
     sums, ids = 4_000 * row, 8 * (hits + 4_000)
     size = rows * (row + 4) + ids + sums
     topology = ranks(2, 2, gib=(size + 1) / GIB, between_gb_s=10.0)
-    rates = Rates(1e9, Link(bandwidth_gb_s=100.0, latency_us=0.0))
+    rates = {"hit_read": 1e9, "row_read": 1e8, "hit_update": 5e8, "row_update": 2e7, "copy_rate": 4e9}
+    curves = {name: Curve(points=[[row, rate]], source="estimated") for name, rate in rates.items()}
+    machine = linked(H200.model_copy(update={"kind": "cpu", **curves}), 100.0)
     shardings = () if sharding == "table_wise" else (sharding,)
     plan = plan_id_tables(
-        Tables({"t": 5_000}), SHARDERS, topology, rates, 1_000, 0, "cuda", ids_per_row={"t": 3.0}, shardings=shardings
+        Tables({"t": 5_000}), SHARDERS, topology, machine, 1_000, 0, ids_per_row={"t": 3.0}, shardings=shardings
     )
     assert plan.placements["bags"]["t"].sharding == sharding
     assert max(plan.table_bytes_W) == rows * (row + 4) and max(plan.exchange_bytes_W) == ids + sums
-    memory = hits * row + sums + sums + 2 * hits * (row + 4)
-    assert max(plan.seconds_W) == pytest.approx(memory / 1e9 + ids / 4 * 2 / 10e9 + 2 * sums_home(sums))
+    distinct = rows * (1 - (1 - 1 / 5_000) ** 12_000)
+    look_up = hits / 1e9 + distinct / 1e8 + hits / 5e8 + distinct / 2e7 + 2 * sums / 4e9
+    assert max(plan.seconds_W) == pytest.approx(look_up + ids / 4 * 2 / 10e9 + 2 * sums_home(sums))
+
+
+def test_ids_on_few_rows_cost_no_more_than_their_hits() -> None:
+    """As most tables of KuaiRand: a row that is hit again lies in a cache."""
+    topology, ids_per_row = ranks(1, 1), {"t": 100.0}
+    few, many = (
+        planned(Tables({"t": rows}), topology, ids_per_row=ids_per_row).seconds_W[0] for rows in (10, 10_000_000)
+    )
+    hits, sums = 2048 * 100, 4 * DIM * 2048
+    slower_read, slower_update = MACHINE.tbe
+    passed = 2 * sums / MACHINE.copy_rate.at(sums)
+    of_hits, of_rows = (
+        slower_read * MACHINE.read_seconds(*asked, 4 * DIM) + slower_update * MACHINE.update_seconds(*asked, 4 * DIM)
+        for asked in ((hits, 0), (0, hits))
+    )
+    assert few == pytest.approx(of_hits + passed, rel=1e-3)
+    assert many == pytest.approx(of_hits + of_rows + passed, rel=0.02)
 
 
 def test_each_kind_of_exchange_costs_its_latency_once() -> None:
-    model, rates = Tables({"a": 1000, "b": 1000}), Rates(2e12, Link(bandwidth_gb_s=350.0, latency_us=1e6))
-    plan = plan_id_tables(model, SHARDERS, ranks(1, 2), rates, 1, 0, "cuda")
+    model, machine = Tables({"a": 1000, "b": 1000}), linked(H200, 350.0, latency=1.0)
+    plan = plan_id_tables(model, SHARDERS, ranks(1, 2), machine, 1, 0)
     assert plan.seconds_W == pytest.approx([4.0, 4.0], rel=1e-3)
-    assert plan_id_tables(model, SHARDERS, ranks(1, 1), rates, 1, 0, "cuda").seconds_W[0] < 1e-3
+    assert plan_id_tables(model, SHARDERS, ranks(1, 1), machine, 1, 0).seconds_W[0] < 1e-3
 
 
 def test_one_rank_holds_all() -> None:
@@ -194,11 +224,11 @@ def test_sixteen_bit_rows_keep_a_float32_state_and_plain_sgd_none() -> None:
     config = EmbeddingBagConfig(**config_of("t", 1000), data_type=DataType.FP16)
     model = nn.ModuleDict({"bags": EmbeddingBagCollection([config], device=torch.device("meta"))})
     assert planned(model, ranks(1, 1)).table_bytes_W == [1000 * (2 * DIM + 4)]
-    plan = plan_id_tables(model, [EmbeddingBagCollectionSharder()], ranks(1, 1), RATES, 1, 0, "cuda")
+    plan = plan_id_tables(model, [EmbeddingBagCollectionSharder()], ranks(1, 1), MACHINE, 1, 0)
     assert plan.table_bytes_W == [1000 * 2 * DIM]
     unknown = [EmbeddingBagCollectionSharder(fused_params={"optimizer": EmbOptimType.LAMB})]
     with pytest.raises(InputError, match="bags: what .* keeps of a row is not known"):
-        plan_id_tables(model, unknown, ranks(1, 1), RATES, 1, 0, "cuda")
+        plan_id_tables(model, unknown, ranks(1, 1), MACHINE, 1, 0)
 
 
 def test_tables_of_attention_lie_on_every_rank() -> None:
@@ -212,9 +242,9 @@ def test_tables_of_attention_lie_on_every_rank() -> None:
 def test_memories_are_left_out() -> None:
     model = Tables({"bag": 100})
     model.memory = MemoryValues(64, 4, init_std=1.0, seed=0, device="meta")
-    plan = plan_id_tables(model, [MemoryValuesSharder(), *SHARDERS], ranks(1, 2), RATES, 1, 0, "cuda")
+    plan = plan_id_tables(model, [MemoryValuesSharder(), *SHARDERS], ranks(1, 2), MACHINE, 1, 0)
     assert list(plan.placements) == list(plan.sharding.plan) == ["bags"]
-    none = plan_id_tables(nn.Linear(2, 2), SHARDERS, ranks(1, 2), RATES, 1, 0, "cuda")
+    none = plan_id_tables(nn.Linear(2, 2), SHARDERS, ranks(1, 2), MACHINE, 1, 0)
     assert none.placements == {} and none.table_bytes_W == [0, 0] and none.seconds_W == [0.0, 0.0]
 
 
@@ -232,7 +262,7 @@ def test_too_little_room_is_told_to_the_byte() -> None:
 def test_the_same_input_gives_the_same_plan_without_a_word(caplog, capfd) -> None:
     with caplog.at_level(logging.WARNING):
         first = planned(criteo(), ranks(8, 8, gib=1.0))
-        again = plan_id_tables(criteo(), SHARDERS[::-1], ranks(8, 8, gib=1.0), RATES, 2048, 0, "cuda")
+        again = plan_id_tables(criteo(), SHARDERS[::-1], ranks(8, 8, gib=1.0), MACHINE, 2048, 0)
     assert first == again
     assert not caplog.records and capfd.readouterr() == ("", "")
 
@@ -278,7 +308,7 @@ def one_step(rank: int, world: int) -> dict:
     plain = Tables(*MIXED, device="cpu")
     start = {name: value.detach().clone() for name, value in plain.named_parameters()}
     topology = ranks(2, 2, gib=MIXED_ROOM / GIB, between_gb_s=1.0)
-    plan = plan_id_tables(Tables(*MIXED), SHARDERS, topology, RATES, 3, 0, "cpu")
+    plan = plan_id_tables(Tables(*MIXED), SHARDERS, topology, MACHINE.model_copy(update={"kind": "cpu"}), 3, 0)
     model = DistributedModelParallel(
         Tables(*MIXED), device=torch.device("cpu"), plan=plan.sharding, sharders=SHARDERS, init_data_parallel=False
     )

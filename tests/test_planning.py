@@ -22,6 +22,7 @@ from msn_dist.config import (
 from msn_dist.data.schema import History, Schema
 from msn_dist.errors import InputError
 from msn_dist.planner import tuning
+from msn_dist.planner.id_placement import place_ids
 from msn_dist.planner.id_tables import NoRoom
 from msn_dist.planner.machine import Machine, load_machine
 from msn_dist.planner.plan_file import PlanFile, load_plan, write_plan
@@ -263,6 +264,16 @@ def test_id_tables_that_fit_nowhere_are_named() -> None:
     with pytest.raises(NoRoom, match="user"):
         Search(there)
     assert "user" in str(plan(there, rounding=False, date="2026-01-01"))
+
+
+def test_histories_are_priced_by_their_mean_length_and_full_where_it_is_not_known() -> None:
+    def seconds(max_length: int, **mean_lengths: float) -> float:
+        history = History(max_length=max_length, columns={"seen": "item"})
+        schema = SCHEMA.model_copy(update={"histories": {"past": history}})
+        return place_ids(replace(situation(1, 8), schema=schema, mean_lengths=mean_lengths), 0).seconds
+
+    assert seconds(50) > seconds(5)
+    assert seconds(50, seen=5.0) == seconds(5)
 
 
 def test_tuning_keeps_only_what_nothing_else_beats(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,9 +44,6 @@ from msn_dist.planner.topology import Topology
 
 WAITING, STRAGGLING = "waiting for the host", "waiting for ranks"
 ARRIVING, LEAVING = "rows from the host", "rows to the host"
-# time of FBGEMM's TBE over that of our kernels, which profiles of GPUs are of, to read and to update: medians of
-# benchmarks.kernels on an H200, which has 1.2 to 2.4 and 1.1 to 2.6
-_TBE = 1.7, 1.9
 _BUCKET = 25 * 2**20  # bytes of DistributedDataParallel's buckets
 _EXCHANGE_OPERATORS = 90  # that the host dispatches for the exchange of a memory, forward and backward
 _ID_OPERATORS = 90  # the same for TorchRec's modules
@@ -156,7 +153,7 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
             layout.group_ranks,
         )
         phases.append(Phase("retrieval and gate", model.memory))
-        slower = _TBE if layout.lookup == "fbgemm" and machine.kind == "cuda" else (1.0, 1.0)
+        slower = machine.tbe if layout.lookup == "fbgemm" else (1.0, 1.0)
         phases += _exchange(work, messages, memories, chunks, slower, model.retrieval, machine, topology)
         names = (ARRIVING, LEAVING)
         phases += [

@@ -11,11 +11,14 @@ row in all asks in a step of every rank that holds a part of it:
     row_wise, no bags  B * l              B * l          all-to-all
 
     ids      8 bytes each and 8 for the length of each bag, by all-to-all; gradients travel the way of the sums
-    time     ids, twice s, and for a look-up h rows read and s written, for an update s read, h rows read and written
+    time     ids, twice s; a look-up of h ids that writes s, an update of h ids that reads s
     memory   rows with their optimizer state, ids and s
 
+A look-up and an update take what calibration has found for the ids, and beside it for the distinct rows that they fall
+on: of a table of 10 rows these stay in a cache.  Ids are taken to fall evenly on rows.
+
 An all-to-all takes as long as the slower kind of link; the rings of a reduce-scatter leave a node over the adapters of
-all its ranks.  Ids are taken to fall evenly on rows.
+all its ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from msn_dist.errors import InputError
-from msn_dist.planner.topology import Link, Topology
+from msn_dist.planner.load import expected_distinct
+from msn_dist.planner.machine import Machine
+from msn_dist.planner.topology import Topology
 
 SHARDINGS = ("table_wise", "table_row_wise", "row_wise")
 
@@ -44,14 +49,6 @@ _STATE = {  # of TBE, in float32 numbers: (a value, a row)
     EmbOptimType.PARTIAL_ROWWISE_ADAM: (1, 1),
     EmbOptimType.ADAM: (2, 0),
 }
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a rank can do; `inside_node` is used where the topology does not say."""
-
-    random_rows: float  # bytes/s of its memory, for rows in random order
-    inside_node: Link
 
 
 @dataclass(frozen=True)
@@ -103,11 +100,16 @@ def id_tables_of(
 class Links:
     """Seconds of a collective in which every rank has so many bytes, those for itself among them."""
 
-    def __init__(self, topology: Topology, rates: Rates) -> None:
-        inside = topology.inside_node or rates.inside_node
-        between = topology.between_nodes if topology.nodes > 1 else inside
-        self.latency = max(inside.latency, between.latency) if topology.world > 1 else 0.0
-        self._inside, self._between = inside.bytes_per_second, between.bytes_per_second
+    def __init__(self, topology: Topology, machine: Machine) -> None:
+        if (inside := topology.inside_node) is not None:
+            latency, self._inside = inside.latency, inside.bytes_per_second
+        else:
+            latency, self._inside = machine.all_to_all.latency, machine.all_to_all.bandwidth
+        self._between = self._inside
+        if topology.nodes > 1:
+            latency = max(latency, topology.between_nodes.latency)
+            self._between = topology.between_nodes.bytes_per_second
+        self.latency = latency if topology.world > 1 else 0.0
         self._nodes, self._local, self._world = topology.nodes, topology.ranks_per_node, topology.world
 
     def all_to_all(self, size: float) -> float:
@@ -126,25 +128,26 @@ class Links:
 class IdEstimator(ShardEstimator):
     """Sets storage (bytes) and `Perf` (seconds) of every shard; ids count as `fwd_comms`, which is in its total."""
 
-    def __init__(
-        self, tables: Mapping[str, IdTable], topology: Topology, rates: Rates, batch_rows: int, device_type: str
-    ) -> None:
-        self._tables, self._links, self._random_rows = tables, Links(topology, rates), rates.random_rows
+    def __init__(self, tables: Mapping[str, IdTable], topology: Topology, machine: Machine, batch_rows: int) -> None:
+        self._tables, self._links, self._machine = tables, Links(topology, machine), machine
         self._world, self._rows = topology.world, batch_rows * topology.world
         self._sharers = {"table_wise": 1, "table_row_wise": topology.ranks_per_node, "row_wise": topology.world}
-        self._tier = "hbm" if device_type == "cuda" else "ddr"
+        self._tier = "hbm" if machine.kind == "cuda" else "ddr"
 
     def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: object = None) -> None:
         for option in sharding_options:
             table, dim = self._tables[option.fqn], option.tensor.shape[1]
-            hits = self._rows * table.ids / self._sharers[option.sharding_type]
+            sharers = self._sharers[option.sharding_type]
+            hits = self._rows * table.ids / sharers
             bags = self._rows * table.features if table.pooled else 0
             ids, sums = 8 * (hits + bags), 4 * dim * (bags or hits)
-            carried = self._carrier(option)(sums)
+            carried, passed = self._carrier(option)(sums), sums / self._machine.copy_rate.at(sums)
+            asked = hits, expected_distinct(len(table.weight), hits * sharers) / sharers, option.tensor[0].nbytes
+            slower_read, slower_update = self._machine.tbe
             perf = Perf(
-                fwd_compute=(hits * dim * option.tensor.element_size() + sums) / self._random_rows,
+                fwd_compute=slower_read * self._machine.read_seconds(*asked) + passed,
                 fwd_comms=self._links.all_to_all(ids) + carried,
-                bwd_compute=(sums + 2 * hits * table.row_bytes) / self._random_rows,
+                bwd_compute=slower_update * self._machine.update_seconds(*asked) + passed,
                 bwd_comms=carried,
             )
             in_flight = math.ceil(ids + sums)

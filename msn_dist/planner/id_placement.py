@@ -10,10 +10,9 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
 from msn_dist.models.features import Features
-from msn_dist.planner.id_tables import Rates, plan_id_tables
+from msn_dist.planner.id_tables import plan_id_tables
 from msn_dist.planner.plan import TableShards
 from msn_dist.planner.situation import Situation
-from msn_dist.planner.topology import Link
 
 _SHARDINGS = ("table_wise", "row_wise")
 
@@ -31,16 +30,16 @@ def place_ids(situation: Situation, reserved_bytes: int) -> IdPlan:
     config, schema, machine, topology = situation.config, situation.schema, situation.machine, situation.topology
     features = Features(schema, config.model.embedding_dim, config.model.attention, device="meta")
     model = torch.nn.ModuleDict({"features": features})
+    full = {column: history.max_length for history in schema.histories.values() for column in history.columns}
     adagrad = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD}
     placed = plan_id_tables(
         model,
         [EmbeddingBagCollectionSharder(fused_params=adagrad), EmbeddingCollectionSharder(fused_params=adagrad)],
         topology,
-        _rates(situation),
+        machine,
         situation.rows,
         reserved_bytes,
-        machine.kind,
-        ids_per_row={column: history.max_length for history in schema.histories.values() for column in history.columns},
+        ids_per_row=full | situation.mean_lengths,
         shardings=_SHARDINGS,
     )
     weights = dict(model.named_parameters())
@@ -51,11 +50,3 @@ def place_ids(situation: Situation, reserved_bytes: int) -> IdPlan:
             rows, dim = weights[f"{path}.{part}.{table}.weight"].shape
             tables.append(TableShards(path, table, "ids", rows, dim, placement.sharding, placement.rows_per_rank))
     return IdPlan(tables, machine.id_step.seconds + max(placed.seconds_W))
-
-
-def _rates(situation: Situation) -> Rates:
-    """A row that is read once and updated (read and written) moves three times its bytes."""
-    machine, row = situation.machine, 4 * situation.config.model.embedding_dim
-    random_rows = 3 * row / (machine.read_seconds(1, 1, row) + machine.update_seconds(1, 1, row))
-    exchange = machine.all_to_all
-    return Rates(random_rows, Link(bandwidth_gb_s=exchange.bandwidth / 1e9, latency_us=exchange.latency * 1e6))

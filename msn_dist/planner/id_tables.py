@@ -27,7 +27,8 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from msn_dist.planner.id_estimates import SHARDINGS, IdEstimator, IdOptions, IdTable, Links, Rates, id_tables_of
+from msn_dist.planner.id_estimates import SHARDINGS, IdEstimator, IdOptions, IdTable, Links, id_tables_of
+from msn_dist.planner.machine import Machine
 from msn_dist.planner.topology import Topology
 
 _COLLECTIVES = {"table_wise": 4, "table_row_wise": 6, "row_wise": 4}  # lengths, ids, sums, gradients
@@ -66,10 +67,9 @@ def plan_id_tables(
     model: nn.Module,
     sharders: Sequence[ModuleSharder],
     topology: Topology,
-    rates: Rates,
+    machine: Machine,
     batch_rows: int,
     reserved_bytes: int,
-    device_type: str,
     *,
     ids_per_row: Mapping[str, float] | None = None,
     shardings: Sequence[str] = SHARDINGS[1:],
@@ -84,12 +84,12 @@ def plan_id_tables(
     """
     ours = [sharder for sharder in sharders if sharder.module_type in (EmbeddingBagCollection, EmbeddingCollection)]
     tables = {table.fqn: table for table in id_tables_of(model, ours, ids_per_row or {})}
-    estimator = IdEstimator(tables, topology, rates, batch_rows, device_type)
-    search = _Search(topology, topology.device_bytes - reserved_bytes, Links(topology, rates).latency)
+    estimator = IdEstimator(tables, topology, machine, batch_rows)
+    search = _Search(topology, topology.device_bytes - reserved_bytes, Links(topology, machine).latency)
     planner = EmbeddingShardingPlanner(
         topology=TopologyFactory.create_topology(  # estimator and search know bandwidths and room
             TrainerConfig(world_size=topology.world, local_world_size=topology.ranks_per_node),
-            kernel_config=KernelConfig(compute_device=device_type),
+            kernel_config=KernelConfig(compute_device=machine.kind),
         ),
         batch_size=batch_rows,
         enumerator=IdOptions(tables, topology, shardings, estimator),

@@ -285,6 +285,11 @@ def expected_bytes(
     return messages
 
 
+def expected_distinct(rows: int, hits: float) -> float:
+    """Of R rows, those that so many hits fall on, each on any of them: R (1 - (1 - 1 / R)^hits)."""
+    return -rows * math.expm1(hits * math.log1p(-1 / rows)) if rows > 1 else 1.0
+
+
 def _shares_in_node(world: int, ranks_per_node: int, group_ranks: int) -> tuple[float, float]:
     """Of the other ranks of a group, and of those with the same place in other groups; groups are consecutive ranks.
 

@@ -22,6 +22,7 @@ from msn_dist.memory.health import SlotUsage
 from msn_dist.memory.placement import Placement
 from msn_dist.memory.values import VALUE_DTYPES
 from msn_dist.planner.layout import Layout
+from msn_dist.planner.load import expected_distinct
 from msn_dist.sharding.buckets import MOST_RANKS_OF_KERNEL, Buckets
 from msn_dist.sharding.column import Column
 from msn_dist.sharding.exchange import Flight
@@ -72,20 +73,20 @@ class Expected:
         """Rows of a block that the hits of all ranks and chunks fall on."""
         if self.rows is not None:
             return -(-self.rows.of_all // self.layout.world)
-        return _distinct(self.block, self.chunks * self.bags * self.hits)
+        return round(expected_distinct(self.block, self.chunks * self.bags * self.hits))
 
     @property
     def asked(self) -> int:
         """Rows that the hits of a chunk of one rank fall on."""
         if self.rows is None:
-            return _distinct(self.slots, self.bags * self.hits)
+            return round(expected_distinct(self.slots, self.bags * self.hits))
         return -(-self.rows.by_chunk // self.chunks)
 
     def updated(self, hits: int) -> int:
         """Rows that so many hits fall on which an owner has had, or with `column` every rank."""
         if self.layout.strategy == "column":
-            return self.rows.of_all if self.rows is not None else _distinct(self.slots, hits)
-        return self.stepped if self.rows is not None else _distinct(self.block, hits)
+            return self.rows.of_all if self.rows is not None else round(expected_distinct(self.slots, hits))
+        return self.stepped if self.rows is not None else round(expected_distinct(self.block, hits))
 
     def answer(self) -> list:
         """What the counts that ranks tell each other say, as the strategies read them."""
@@ -107,11 +108,6 @@ class Expected:
         """From each rank, where so many come to the mean owner."""
         load = 1.0 if self.rows is None else self.rows.owner_load
         return _split(round(min(load * mean, most)), self.layout.world)
-
-
-def _distinct(rows: int, hits: int) -> int:
-    """Of R rows, those that so many hits fall on: R (1 - (1 - 1 / R)^hits)."""
-    return min(rows, hits, round(-rows * math.expm1(hits * math.log1p(-1 / rows)))) if rows > 1 else 1
 
 
 def _split(total: int, parts: int) -> list[int]:

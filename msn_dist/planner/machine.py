@@ -19,6 +19,10 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 from msn_dist.errors import InputError
 from msn_dist.strict_yaml import Part, parse, read_yaml
 
+# time of FBGEMM's TBE over that of our kernels, which profiles of GPUs are of, to read and to update: medians of
+# benchmarks.kernels on an H200, which has 1.2 to 2.4 and 1.1 to 2.6
+_TBE = 1.7, 1.9
+
 
 def _ascending(points: list[list[float]]) -> list[list[float]]:
     if not points or any(len(point) != 2 or not all(0 < number < math.inf for number in point) for point in points):
@@ -124,6 +128,11 @@ class Machine(Part):
         if (self.retrieve is None) != (self.retrieve_backward is None):
             raise ValueError("retrieve and retrieve_backward belong together; measure again, or leave both out")
         return self
+
+    @property
+    def tbe(self) -> tuple[float, float]:
+        """Times of FBGEMM's TBE over those of `read_seconds` and `update_seconds`."""
+        return _TBE if self.kind == "cuda" else (1.0, 1.0)
 
     def pass_seconds(self, size: float) -> float:
         """An element-wise pass over so many bytes, read and written."""

@@ -153,7 +153,7 @@ class Search:
             batch = here.rows * topology.world
             data = here.config.data.model_copy(update={"batch_size": batch})
             config = here.config.model_copy(update={"data": data})
-            there = Situation(config, here.schema, topology, here.machine, here.popularity)
+            there = replace(here, config=config, topology=topology)
             for strategy in get_args(Strategy) if memory else ():
                 if _why_not(there, strategy) is None and tier in _tiers(there, strategy, memory.value_dtype):
                     layout = there.layout(strategy, memory.wire, memory.value_dtype, tier)

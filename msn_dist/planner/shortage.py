@@ -165,7 +165,7 @@ def _more_nodes(situation: Situation) -> Iterator[tuple[str, Situation]]:
             return
         data = situation.config.data.model_copy(update={"batch_size": factor * situation.config.data.batch_size})
         config = situation.config.model_copy(update={"data": data})
-        there = Situation(config, situation.schema, larger, situation.machine, situation.popularity)
+        there = replace(situation, config=config, topology=larger)
         yield f"data.batch_size={data.batch_size}, nodes: {larger.nodes} in the topology", there
 
 

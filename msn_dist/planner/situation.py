@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -51,13 +51,18 @@ class Popularity:
 
 @dataclass(frozen=True)
 class Situation:
-    """Raises InputError if the batch has fewer rows than there are ranks, or the profile is not of this topology."""
+    """What may be planned for.
+
+    `mean_lengths` are the ids of a mean row in list columns, where they are known; else histories are full.
+    Raises InputError if the batch has fewer rows than there are ranks, or the profile is not of this topology.
+    """
 
     config: RunConfig
     schema: Schema
     topology: Topology
     machine: Machine
     popularity: Popularity = Popularity()
+    mean_lengths: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         topology, batch = self.topology, self.config.data.batch_size

@@ -7,7 +7,7 @@ ranks' time for a row, within 2 %.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from rich.table import Table
@@ -121,7 +121,7 @@ def _candidates(situation: Situation, rounding: bool) -> Iterator[Situation]:
             }
         )
         try:
-            candidate = Situation(config, situation.schema, larger, situation.machine, situation.popularity)
+            candidate = replace(situation, config=config, topology=larger)
         except InputError:  # training would refuse it
             continue
         yield candidate

@@ -1,0 +1,28 @@
+"""How long the lists of a data set are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msn_dist.data.row_group import open_file
+from msn_dist.data.schema import Schema
+
+
+def mean_lengths(split: Path, schema: Schema) -> dict[str, float]:
+    """Ids of a mean row in every list column that the model reads, by the footer of the split's first file.
+
+    Lists longer than `max_length` may hide behind shorter ones.  A column without statistics is left out, and so are
+    all if there is no row; raises InputError if it is not one of this schema.
+    """
+    first = min(split.glob("*.parquet"), default=None)
+    if first is None or not (footer := open_file(first, schema)).num_rows:
+        return {}
+    most = {column: history.max_length for history in schema.histories.values() for column in history.columns}
+    ids: dict[str, int] = {}
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        for part in map(group.column, range(group.num_columns)):
+            column = part.path_in_schema.split(".")[0]
+            if column in schema.sparse_keys and part.path_in_schema != column and part.statistics is not None:
+                # an empty list counts as a value that is null
+                ids[column] = ids.get(column, 0) + part.num_values - part.statistics.null_count
+    return {column: min(number / footer.num_rows, most.get(column, number)) for column, number in ids.items()}
