@@ -1,8 +1,9 @@
 """python -m benchmarks.plan_accuracy: what `msn plan` says of a step, and what `msn train --plan` takes.
 
 For every number of ranks the machine is calibrated anew; then every shape is planned, trained for 60 steps on the
-planted set, and compared: milliseconds of a step (from the 11th to the 50th, the median of --rounds runs), and on a GPU
-the peak of its tensors, as planned for the fullest rank (without the margin) and measured on the first.
+planted set, and every config named here on KuaiRand, and compared: milliseconds of a step (from the 11th to the 50th,
+the median of --rounds runs), and on a GPU the peak of its tensors, as planned for the fullest rank (without the margin)
+and measured on the first.
 Slots are expected to be hit as a first such run has counted them (`msn plan --usage`).
 
 --strategies trains every other exact strategy as well, in turns, from the same plan with its strategy changed, and
@@ -31,6 +32,7 @@ import yaml
 from benchmarks.results import write_rows
 from msn_dist.planner.plan_file import load_plan, write_plan
 
+ROOT = Path(__file__).parent.parent
 STEPS = 60
 CLEAR = 0.1  # so much slower a median must be, and every run slower, for two strategies to be told apart
 ROWS = {"cpu": 2048, "cuda": 8192}  # of a step: over all ranks of a CPU, which share its cores; on each GPU
@@ -52,6 +54,8 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
             "model": {"backbone": "rankmixer", "block": "msn_smoe", "tokens": 4, "width": 64, "layers": 2},
             "memory": {"sub_keys": 64, "top_k": 8},
         },
+        "configs/demo.yaml": {},  # a file, as it is
+        "configs/kuairand/dlrm.yaml": {},
     },
     "cuda": {
         "msn_ffn, 1024^2 slots of 256": {
@@ -108,6 +112,8 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         most = ROWS[chosen.device] * (max(chosen.ranks) if chosen.device == "cuda" else 1)
         msn("prepare", "synthetic", str(folder / "data"), "--rows", str(2 * STEPS * most))
+        if any(shape.endswith(".yaml") for shape in shapes):
+            msn("prepare", "kuairand", str(folder / "kuairand"))
         for ranks in chosen.ranks:
             place = Place(folder, chosen.device, ranks)
             calibrated(place, chosen.gib)
@@ -134,10 +140,12 @@ def compared(place: Place, shape: str, strategies: bool, rounds: int) -> Iterato
     plan, before = (place.folder / f"{name}{suffix}" for suffix in (".plan", ".before"))
     planning = ("plan", str(config), "--topology", str(place.topology), "--output", str(plan))
     msn(*planning)
-    trained(place, config, plan, before)
-    msn(*planning, "--usage", str(before))
     planned = load_plan(plan)
-    chosen = planned.memory.strategy
+    if planned.memory is not None:
+        trained(place, config, plan, before)
+        msn(*planning, "--usage", str(before))
+        planned = load_plan(plan)
+    chosen = planned.memory.strategy if planned.memory is not None else "no memory"
     plans, expected = {chosen: plan}, {chosen: (planned.seconds, max(planned.allocated_W))}
     for rival in planned.rivals if strategies else ():
         if rival.rounds or rival.bytes > planned.capacity:
@@ -155,6 +163,13 @@ def compared(place: Place, shape: str, strategies: bool, rounds: int) -> Iterato
 
 
 def config_file(place: Place, shape: str) -> Path:
+    config = place.folder / "config.yaml"
+    training = {"device": place.device, "max_steps": STEPS, "log_every": STEPS // 2}
+    if shape.endswith(".yaml"):
+        tree = yaml.safe_load((ROOT / shape).read_text())
+        changes = {"data": {"path": str(place.folder / "kuairand")}, "training": training}
+        config.write_text(yaml.safe_dump(tree | {part: tree.get(part, {}) | changes[part] for part in changes}))
+        return config
     on_gpu = place.device == "cuda"
     tree = {
         "name": "accuracy",
@@ -166,9 +181,7 @@ def config_file(place: Place, shape: str) -> Path:
         },
     }
     parts = SHAPES[place.device][shape]
-    training = {"device": place.device, "max_steps": STEPS, "log_every": STEPS // 2} | parts.get("training", {})
-    config = place.folder / "config.yaml"
-    config.write_text(yaml.safe_dump(tree | parts | {"training": training}))
+    config.write_text(yaml.safe_dump(tree | parts | {"training": training | parts.get("training", {})}))
     return config
 
 
