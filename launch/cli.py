@@ -122,7 +122,7 @@ def train(
 
 @app.command("plan")
 def make_plan(
-    config: Annotated[Path, typer.Argument(help="YAML file, see configs/; of its data only schema.yaml is read.")],
+    config: Annotated[Path, typer.Argument(help="YAML file, see configs/; its data may be no more than schema.yaml.")],
     overrides: Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="For example memory.sub_keys=4096.")] = (),
     topology: Annotated[Path, typer.Option(help="YAML file of the ranks, see configs/topology.")] = ...,
     zipf: Annotated[float | None, typer.Option(help="Exponent of the popularity of sub-keys on each axis.")] = None,
@@ -134,6 +134,8 @@ def make_plan(
     output: Annotated[Path | None, typer.Option(help="File for `msn train --plan`.")] = None,
 ) -> None:
     """Choose how tables lie on ranks, and say what it costs; nothing is built. Exit code 3 if nothing fits."""
+    if is_worker():
+        raise InputError("a plan is made by one process, and torchrun has started several; run msn plan by itself")
     from msn_dist.launch import planning
 
     limits = {"most_gib": max_gib, "most_ms": max_ms}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
-import json
+import os
 import shlex
 import sys
 from datetime import date
@@ -36,7 +36,7 @@ def calibrate(output: Path, device: str) -> None:
 
     with joined_ranks(TrainingConfig(device=device)) as ranks:
         console = Console(quiet=ranks.rank != 0, highlight=False, markup=False, soft_wrap=True)
-        ranks.together(lambda: _require_folder(output) if ranks.rank == 0 else None)
+        ranks.together(lambda: _require_writable(output) if ranks.rank == 0 else None)
         with console.status("") as status:
 
             def say(line: str) -> None:
@@ -63,15 +63,15 @@ def calibrate(output: Path, device: str) -> None:
                 )
 
 
-def _require_folder(output: Path) -> None:
+def _require_writable(output: Path) -> None:
+    """InputError if it cannot be written, before anything is measured or planned; nothing is left behind."""
+    folder = output.resolve().parent
     if output.is_dir():
-        raise InputError(f"{output}: is a folder; name a file in it")
-    if not output.resolve().parent.is_dir():
-        raise InputError(f"{output}: there is no folder {output.resolve().parent}; make it, or name another file")
-    try:
-        output.touch()  # before anything is measured
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}); name another file") from None
+        raise InputError(f"--output {output}: is a folder; name a file in it")
+    if not folder.is_dir():
+        raise InputError(f"--output {output}: there is no folder {folder}; make it, or name another file")
+    if not os.access(output if output.exists() else folder, os.W_OK):
+        raise InputError(f"--output {output}: cannot be written; name another file")
 
 
 def plan(
@@ -99,6 +99,7 @@ def plan(
     from msn_dist.planner.plan_file import write_plan
     from msn_dist.planner.situation import Popularity, Situation
     from msn_dist.planner.topology import load_topology
+    from msn_dist.planner.usage import read_usage
 
     gc.freeze()
     gc.enable()
@@ -111,6 +112,8 @@ def plan(
         raise InputError(f"--output {output}: is what is read; name another file")
     if tune and output is not None:
         raise InputError("--output: --tune makes no plan; take one of its lines as KEY=VALUE and plan again")
+    if output is not None:
+        _require_writable(output)
     if zipf is not None and usage is not None:
         raise InputError("--zipf and --usage both say which slots are hit; leave one out")
     config = load_config(config_path, overrides)
@@ -125,7 +128,7 @@ def plan(
         schema,
         topology,
         load_machine(topology.machine, near=topology_path.parent),
-        Popularity(zipf, None if usage is None else _usage(usage)),
+        Popularity(zipf, None if usage is None else read_usage(usage)),
         _mean_lengths(Path(config.data.path) / "train", schema),
     )
     console = Console(width=explain.WIDTH, highlight=False, markup=False)
@@ -140,7 +143,8 @@ def plan(
             return 3
         console.print(tuned_table(found))
         return 0
-    found = planning.plan(situation, rounding, date.today().isoformat())
+    with console.status("planning") as status:
+        found = planning.plan(situation, rounding, date.today().isoformat(), status.update)
     if isinstance(found, planning.Infeasible):
         Console(stderr=True, width=explain.WIDTH, highlight=False).print(str(found), markup=False)
         return 3
@@ -169,13 +173,3 @@ def _mean_lengths(split: Path, schema: Schema) -> dict[str, float]:
     from msn_dist.data.lengths import mean_lengths
 
     return mean_lengths(split, schema)
-
-
-def _usage(run: Path) -> dict:
-    """The layer with the most uneven use, of a finished run."""
-    path = run / "memory_usage.json"
-    try:
-        layers = json.loads(path.read_text(encoding="utf-8"))
-        return max(layers.values(), key=lambda layer: layer["rank_curve"]["share_of_hits"][1:2] or [0])
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        raise InputError(f"--usage {run}: no memory_usage.json of a finished run with a memory in it") from None

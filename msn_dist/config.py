@@ -20,6 +20,8 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Width = Annotated[int, Field(gt=0, le=2**16)]
+Count = Annotated[int, Field(gt=0, le=2**10)]  # of layers, heads and the like
 
 
 Strategy = Literal[
@@ -47,9 +49,9 @@ class MemoryConfig(Part):
 
     sub_keys: int = Field(256, ge=2, le=2**21, description="N, sub-keys per axis")
     top_k: int = Field(32, ge=1, description="k, slots read by one query")
-    heads: PositiveInt = 1
-    key_dim: PositiveInt = Field(32, description="d_k, width of one half of a key")
-    value_dim: PositiveInt | None = Field(None, le=2**16, description="D_v; null: the model width, unprojected")
+    heads: Count = 1
+    key_dim: Width = Field(32, description="d_k, width of one half of a key")
+    value_dim: Width | None = Field(None, description="D_v; null: the model width, unprojected")
     theta: Literal["none", "key", "mix"] = Field("key", description="over-parameterization of the keys")
     layer_norm: bool = Field(True, description="LayerNorm on queries and keys before the similarity")
     tau: PositiveFloat | None = Field(None, description="scale of the similarity; null: key_dim ** -0.5")
@@ -59,7 +61,7 @@ class MemoryConfig(Part):
         "fp32", description="what the table stores; 16 bits are rounded at random in a step, sums and state stay fp32"
     )
     share: Literal["all", "group", "token"] = Field("all", description="which tokens read the same slots")
-    groups: PositiveInt | None = Field(None, description="number of token groups, with share: group")
+    groups: Count | None = Field(None, description="number of token groups, with share: group")
     strategy: Strategy = Field("row_pooled", description="how a table over several ranks is read (README)")
     group_ranks: int | None = Field(
         None, ge=2, description="ranks that add up their sums first, with strategy: two_level; null: those of a node"
@@ -67,7 +69,9 @@ class MemoryConfig(Part):
     wire: Literal["fp32", "bf16", "fp16", "int8"] = Field(
         "fp32", description="what values and their gradients travel as; 16 bits and less take the weights along in 16"
     )
-    chunks: PositiveInt = Field(1, description="parts of a batch whose exchange hides behind the retrieval of the next")
+    chunks: PositiveInt = Field(
+        1, le=64, description="parts of a batch whose exchange hides behind the retrieval of the next"
+    )
     lookup: Literal["auto", "reference", "fbgemm", "triton"] = Field(
         "auto", description="back end of the sharded table's lookup; auto: triton on a GPU, else fbgemm"
     )
@@ -131,17 +135,17 @@ class RankMixerConfig(Part):
 
     backbone: Literal["rankmixer"] = "rankmixer"
     block: Literal["ffn", "gated_ffn", "smoe", "msn_ffn", "msn_smoe"] = "msn_ffn"
-    tokens: PositiveInt = Field(8, description="T")
-    width: PositiveInt = Field(64, description="D, must be a multiple of tokens")
-    layers: PositiveInt = 2
-    ffn_ratio: PositiveFloat = Field(2.0, description="hidden width of an FFN over D")
-    experts: PositiveInt = Field(6, description="experts of an SMoE block")
-    active_experts: PositiveInt = Field(2, description="experts that a token visits")
+    tokens: Count = Field(8, description="T")
+    width: Width = Field(64, description="D, must be a multiple of tokens")
+    layers: Count = 2
+    ffn_ratio: PositiveFloat = Field(2.0, le=2**10, description="hidden width of an FFN over D")
+    experts: Count = Field(6, description="experts of an SMoE block")
+    active_experts: Count = Field(2, description="experts that a token visits")
     balance_weight: NonNegativeFloat = Field(0.01, description="weight of the experts' balance loss")
     memory_layers: list[NonNegativeInt] | None = Field(
         None, description="layers of an msn block that carry memory; null: every second one, the last included"
     )
-    embedding_dim: PositiveInt = 16
+    embedding_dim: Width = 16
     attention: bool = Field(False, description="target attention over the histories, beside their mean")
     dropout: Fraction = 0.0
 
@@ -190,10 +194,10 @@ class RankMixerConfig(Part):
 class BaselineConfig(Part):
     """What the baselines share: an MLP, and the tokens that read the memory if one is configured."""
 
-    hidden: list[PositiveInt] = [400, 400, 400]
-    tokens: PositiveInt = Field(8, description="T, tokens that read the memory, if there is one")
-    width: PositiveInt = Field(64, description="D, width of those tokens")
-    embedding_dim: PositiveInt = 16
+    hidden: list[Width] = [400, 400, 400]
+    tokens: Count = Field(8, description="T, tokens that read the memory, if there is one")
+    width: Width = Field(64, description="D, width of those tokens")
+    embedding_dim: Width = 16
     attention: bool = Field(False, description="target attention over the histories, beside their mean")
     dropout: Fraction = 0.0
 
@@ -208,8 +212,8 @@ class DCNv2Config(BaselineConfig):
     """DCNv2: cross layers beside an MLP."""
 
     backbone: Literal["dcnv2"]
-    cross_layers: PositiveInt = 3
-    cross_rank: PositiveInt | None = Field(None, description="rank of the cross matrices; null: full")
+    cross_layers: Count = 3
+    cross_rank: Width | None = Field(None, description="rank of the cross matrices; null: full")
 
 
 _BACKBONES = {"rankmixer": RankMixerConfig, "dlrm": DLRMConfig, "dcnv2": DCNv2Config}

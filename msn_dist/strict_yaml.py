@@ -52,6 +52,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key is no plain value", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -71,6 +73,10 @@ def parse_text(text: str, place: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise InputError(f"{place}:{where} is not valid YAML ({getattr(error, 'problem', error)})") from None
+    except (ValueError, OverflowError) as error:  # a date or a number as YAML writes it, of a day that is none
+        raise InputError(f"{place}: holds a value that cannot be ({str(error).splitlines()[0]})") from None
+    except RecursionError:
+        raise InputError(f"{place}: is nested too deep") from None
 
 
 def _explain(kind: type[Part], error: ValidationError, place: str) -> str:

@@ -20,7 +20,6 @@ from msn_dist.planner.traffic import Demand
 from msn_dist.training.summary import memory_usage
 
 SUB_KEYS, SLOTS, BAGS, HITS = 256, 2**16, 64, 32
-NEVER = {"rank_curve": {"share_of_slots": [0.0, 1.0], "share_of_hits": [0.0, 0.0]}}
 
 
 def test_uniform_loads_have_their_closed_forms() -> None:
@@ -158,6 +157,20 @@ def test_what_no_layout_can_serve_is_refused() -> None:
         Load.zipf(25, BAGS, HITS, 1.05)
     with pytest.raises(InputError, match="slots=50 is not 1 times a square"):
         Load.zipf(50, BAGS, HITS, 1.05)
-    for usage in ({}, {"rank_curve": {"share_of_slots": [0, 1], "share_of_hits": None}}, NEVER):
+    curves = [
+        ([0, 1], None),
+        ([0, 1], [0, 0]),
+        ([1, 1], [0, 1]),
+        ([0, 1], [1, 1]),
+        ([0, 0.5], [0, 0.5, 1]),
+        ([0, 0.5, 0.4, 1], [0, 0.2, 0.5, 1]),
+        ([0, 0.5, 1], [0, math.nan, 1]),
+        ([0, 0.5, 1], [0, -0.5, 1]),
+        ([0], [1]),
+        (0, 1),
+        ([[0, 1]], [[0, 1]]),
+    ]
+    usages = [{"rank_curve": {"share_of_slots": slots, "share_of_hits": hits}} for slots, hits in curves]
+    for usage in ({}, {"rank_curve": None}, *usages):
         with pytest.raises(InputError, match="memory_usage.json: rank_curve"):
             Load.from_usage(SLOTS, BAGS, HITS, usage)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from two_ranks import msn_launched
 
 from msn_dist.config import dump_config
+from msn_dist.launch import cli
 from msn_dist.launch.cli import main
 from msn_dist.planner import calibration, stopclock
 from msn_dist.planner.machine import Machine, device_name, load_machine
@@ -161,6 +162,39 @@ def test_a_popularity_is_given_once(folder: Path, capsys: pytest.CaptureFixture)
     assert "no memory_usage.json" in capsys.readouterr().err
 
 
+def test_a_use_of_slots_that_cannot_be_is_refused_with_its_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    curve = {"share_of_slots": [0, 0.5, 0.4, 1], "share_of_hits": [0, 0.2, 0.5, 1]}
+    (tmp_path / "memory_usage.json").write_text(json.dumps({"layer": {"rank_curve": curve}}))
+    assert msn("plan", folder / "config.yaml", "--topology", folder / "topology.yaml", "--usage", tmp_path) == 2
+    said = capsys.readouterr().err
+    assert f"--usage {tmp_path}: memory_usage.json: rank_curve must hold" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("output", "message"), [("none/plan.json", "there is no folder"), (".", "is a folder; name a file in it")]
+)
+def test_where_a_plan_or_a_profile_cannot_go_is_said_first_and_nothing_is_left(
+    output: str, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    place = tmp_path / output
+    assert msn("plan", folder / "config.yaml", "--topology", folder / "topology.yaml", "--output", place) == 2
+    assert msn("calibrate", "--device", "cpu", "--output", place) == 2
+    said = capsys.readouterr()
+    assert said.err.count(message) == 2 and not said.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_is_made_by_one_process(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(cli, "is_worker", lambda: True)
+    monkeypatch.setattr(cli, "_fail", lambda code, explanation: sys.exit(f"{code}: {explanation}"))
+    with pytest.raises(SystemExit, match="2: a plan is made by one process"):
+        main(["plan", str(folder / "config.yaml"), "--topology", str(folder / "topology.yaml")])
+
+
 def test_a_popularity_without_a_memory_is_refused(folder: Path, capsys: pytest.CaptureFixture) -> None:
     without = ("memory=null", "model.block=ffn", "model.memory_layers=null")
     assert msn("plan", folder / "config.yaml", *without, "--topology", folder / "topology.yaml", "--zipf", "1") == 2
@@ -169,6 +203,7 @@ def test_a_popularity_without_a_memory_is_refused(folder: Path, capsys: pytest.C
 
 MOST_MEMORY = """
 import re, sys
+from msn_dist.launch import cli
 from msn_dist.launch.cli import main
 try:
     main(sys.argv[2:])

@@ -41,6 +41,7 @@ SCHEMA = Schema(
     labels=["click"],
     group="user",
 )
+SMALL = SCHEMA.model_copy(update={"tables": dict.fromkeys(SCHEMA.tables, 24)})
 BETWEEN = Link(bandwidth_gb_s=40, latency_us=30)
 
 
@@ -158,6 +159,18 @@ def test_what_does_not_fit_is_explained_with_changes_that_do() -> None:
         assert isinstance(plan(smaller, rounding=False, date="2026-01-01"), PlanFile)
         larger = situation(1, 8, gib=40, **{"sub_keys": 65_536, "value_dim": 64, change: 2 * value})
         assert isinstance(plan(larger, rounding=False, date="2026-01-01"), Infeasible), "a smaller change would do"
+
+
+def test_where_no_single_change_would_do_several_at_once_are_told() -> None:
+    """The batch alone is too much for the memory there is, and so are the slots."""
+    here = situation(1, 1, gib=0.3, rows=65_536, sub_keys=16_384)
+    found = plan(replace(here, schema=SMALL), rounding=False, date="2026-01-01")
+    *_, several = str(found).splitlines()
+    changes = dict(change.split("=") for change in several.split()[:3])
+    assert list(changes) == ["memory.value_dtype", "memory.sub_keys", "data.batch_size"]
+    memory = {"sub_keys": int(changes["memory.sub_keys"]), "value_dtype": changes["memory.value_dtype"]}
+    smaller = situation(1, 1, gib=0.3, rows=int(changes["data.batch_size"]), **memory)
+    assert isinstance(plan(replace(smaller, schema=SMALL), rounding=False, date="2026-01-01"), PlanFile)
 
 
 def test_what_does_not_fit_by_a_named_look_up_is_told_nothing_that_it_cannot_do() -> None:

@@ -321,7 +321,7 @@ def _collective(
     make: Callable[[dist.ProcessGroup, torch.device, int], Callable[[], object]],
 ) -> Collective:
     if group.size() == 1:
-        return Collective(latency=0.0, bandwidth=1e12, source="measured", note="one rank sends nothing")
+        return Collective(latency=0.0, bandwidth=1e12, source="estimated", note="one rank sends nothing")
     points = []
     powers = (10, 14, 17, 20, 22, 24, 26, *((28,) if device.type == "cuda" else ()))  # a GPU's links are faster
     for power in powers:

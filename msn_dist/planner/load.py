@@ -40,6 +40,7 @@ from torch import Tensor
 from msn_dist.config import ValueOptimizerKind
 from msn_dist.errors import InputError
 from msn_dist.memory.placement import Placement
+from msn_dist.planner.usage import hit_curve
 from msn_dist.sharding.hit_wire import weight_dtype
 from msn_dist.sharding.row_sharded import shard_of
 from msn_dist.sharding.wire import row_bytes
@@ -92,19 +93,7 @@ class Load:
         slot has one hit a rank and chunk at most, which hides the skew.  InputError if `usage` is no such thing.
         """
         _check(slots, hits)
-        try:
-            curve = usage["rank_curve"]
-            of_slots_X, of_hits_X = (
-                torch.tensor(curve[name], dtype=torch.float64) for name in ("share_of_slots", "share_of_hits")
-            )
-            right = of_slots_X.shape == of_hits_X.shape and abs(float(of_hits_X[-1]) - 1) < 1e-3
-        except (IndexError, KeyError, TypeError, ValueError):
-            right = False
-        if not right:
-            raise InputError(
-                "memory_usage.json: rank_curve must hold share_of_slots and share_of_hits of as many points, up to 1; "
-                "take the file of a finished run whose last interval had hits"
-            )
+        of_slots_X, of_hits_X = hit_curve(usage)
         # points that fall on the same slot of a smaller table become one
         edge_B1, place_X = (of_slots_X * slots).round().to(torch.int64).unique(return_inverse=True)
         hits_B1 = torch.zeros(len(edge_B1), dtype=torch.float64).scatter_reduce(0, place_X, of_hits_X, "amax")

@@ -82,10 +82,10 @@ class PlanFile(Part):
     settings: dict[str, Any]  # of the config, as far as the plan depends on them
     memory: PlannedMemory | None
     id_tables: dict[str, dict[str, PlannedTable]]  # by module and table
-    capacity: int  # bytes that a rank may fill
-    storage: dict[str, list[int]]  # bytes of each rank, by kind
-    host_capacity: int = 0  # bytes of its host that a rank may fill
-    host_storage: dict[str, list[int]] = {}  # bytes of its host of each rank, by kind; empty in the device tier
+    capacity: NonNegativeInt  # bytes that a rank may fill
+    storage: dict[str, list[NonNegativeInt]]  # bytes of each rank, by kind
+    host_capacity: NonNegativeInt = 0  # bytes of its host that a rank may fill
+    host_storage: dict[str, list[NonNegativeInt]] = {}  # the same of its host; empty in the device tier
     phases: list[PlannedPhase]
     owner_load: float  # of the busiest owner over the mean
     reason: str
@@ -185,7 +185,7 @@ def load_plan(path: str | Path) -> PlanFile:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot read this plan ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is no plan of `msn plan`, as it is not valid JSON ({error})") from None
     if not isinstance(tree, dict) or "seconds_over_ranks" not in tree:
         raise InputError(f"{path}: is no plan of `msn plan`; that command writes one with --output")

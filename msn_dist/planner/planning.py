@@ -9,7 +9,7 @@ from msn_dist.planner.dense_trace import StepTrace
 from msn_dist.planner.id_tables import NoRoom
 from msn_dist.planner.plan_file import PlanFile, PlannedMemory, PlannedPhase, PlannedTable, Rival, settings_of
 from msn_dist.planner.search import Priced, Search
-from msn_dist.planner.shortage import explained, lack_of_all
+from msn_dist.planner.shortage import Say, explained, lack_of_all
 from msn_dist.planner.simulate import simulate
 from msn_dist.planner.situation import Situation
 from msn_dist.units import binary
@@ -25,17 +25,20 @@ class Infeasible:
         return self.text
 
 
-def plan(situation: Situation, rounding: bool, date: str) -> PlanFile | Infeasible:
-    """The fastest layout that fits; one that rounds more than the config only with `rounding`."""
+def plan(situation: Situation, rounding: bool, date: str, say: Say = lambda line: None) -> PlanFile | Infeasible:
+    """The fastest layout that fits; one that rounds more than the config only with `rounding`.
+
+    `say` is told which changes are tried where none fits.
+    """
     traces: dict[str, StepTrace] = {}
     try:
         search = Search(situation, traces)
     except NoRoom as lack:
-        return Infeasible(explained(situation, f"Beside all else, {lack}", traces))
+        return Infeasible(explained(situation, f"Beside all else, {lack}", traces, say))
     priced = search.priced()
     allowed = [one for one in priced if not one.short and (rounding or search.exact(one.layout))]
     if not allowed:
-        return Infeasible(explained(situation, lack_of_all(situation, priced, search), traces))
+        return Infeasible(explained(situation, lack_of_all(situation, priced, search), traces, say))
     chosen = allowed[0]
     rivals = _rivals(priced, chosen, search)
     topology, layout = situation.topology, chosen.layout

@@ -65,14 +65,19 @@ class Priced:
 class Search:
     """Traces the model once; every layout is then a matter of arithmetic.
 
-    `traces` keeps traces from one search to the next, and `ids` may be a placement that is good enough.  NoRoom if the
-    id tables fit beside no layout.
+    `traces` keeps traces from one search to the next, and `ids` may be a placement that is good enough; without
+    `rounding` layouts that round more than the config are left out.  NoRoom if the id tables fit beside no layout.
     """
 
     def __init__(
-        self, situation: Situation, traces: dict[str, StepTrace] | None = None, ids: IdPlan | None = None
+        self,
+        situation: Situation,
+        traces: dict[str, StepTrace] | None = None,
+        ids: IdPlan | None = None,
+        *,
+        rounding: bool = True,
     ) -> None:
-        self.situation = situation
+        self.situation, self._rounding = situation, rounding
         self.trace = _traced(situation, {} if traces is None else traces)
         self._model = ModelTime.of(self.trace, situation.machine)
         self.layouts = list(self._layouts()) if situation.memory else [situation.bare_layout]
@@ -172,9 +177,9 @@ class Search:
         if world == 1:  # all strategies are one, and nothing travels
             possible, wires = [memory.strategy], [memory.wire]
         else:
-            wires = _WIRES[_WIRES.index(memory.wire) :]
+            wires = _WIRES[_WIRES.index(memory.wire) :] if self._rounding else [memory.wire]
         for strategy in possible:
-            for dtype in value_dtypes(memory):
+            for dtype in value_dtypes(memory) if self._rounding else [memory.value_dtype]:
                 for wire, tier in product(wires, _tiers(self.situation, strategy, dtype)):
                     layout = self.situation.layout(strategy, wire, dtype, tier)
                     yield in_best_groups(self.situation, layout, self._model)

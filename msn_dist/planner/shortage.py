@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 
 from msn_dist.config import MOST_ROWS
 from msn_dist.errors import InputError
@@ -16,6 +17,8 @@ from msn_dist.units import binary
 _MOST_HALVINGS = 12
 _ENOUGH = 3  # changes that fit; with fewer, two at once are tried
 _ANY_GIB = 1e6  # of host memory
+Say = Callable[[str], None]
+Change = tuple[str, Situation]  # what to change, and what is planned for then
 
 
 def lack_of_all(situation: Situation, priced: list[Priced], search: Search) -> str:
@@ -50,9 +53,9 @@ def _lack_of(least: Priced, situation: Situation, search: Search) -> str:
     )
 
 
-def explained(situation: Situation, lack: str, traces: dict[str, StepTrace]) -> str:
+def explained(situation: Situation, lack: str, traces: dict[str, StepTrace], say: Say) -> str:
     lines = [f"{situation.config.name} does not fit {situation.topology.name}. {lack}."]
-    fitting = list(_changes(situation, traces))
+    fitting = list(_changes(situation, traces, say))
     if fitting:
         lines.append("Each of these would fit, with so much on the fullest rank:")
         width = max(len(change) for change, _ in fitting)
@@ -63,24 +66,41 @@ def explained(situation: Situation, lack: str, traces: dict[str, StepTrace]) -> 
     return "\n".join(lines)
 
 
-def _changes(situation: Situation, traces: dict[str, StepTrace]) -> Iterator[tuple[str, str]]:
+def _changes(situation: Situation, traces: dict[str, StepTrace], say: Say) -> Iterator[tuple[str, str]]:
     """(what to change, bytes of the fullest rank then): of each kind the smallest change that fits."""
+    one_thing = _to_the_host, _narrower, _fewer_slots, _narrower_values, _smaller_batch, _more_nodes
     found = 0
-    for changes in (_to_the_host, _narrower, _fewer_slots, _narrower_values, _smaller_batch, _more_nodes, _both):
-        if changes is _both and found >= _ENOUGH:
+    for changes in (*one_thing, _fewer_slots_of_16_bits, _smaller_in_all):
+        if changes not in one_thing and found >= _ENOUGH:
             return
-        for name, changed in changes(situation):
+
+        def fitting(change: tuple[str, Situation], to_the_host: bool = changes is _to_the_host) -> Priced | None:
+            name, changed = change
             if changed.least_table_bytes > changed.topology.device_bytes:
-                continue
+                return None
+            say(f"trying {name}")
             try:
-                search = Search(changed, traces)
+                found = Search(changed, traces, rounding=False).fastest()
             except (NoRoom, InputError):
-                continue
-            fitting = search.fastest()
-            if fitting and (changes is not _to_the_host or fitting.layout.tier == "host"):
-                found += 1
-                yield name, binary(fitting.fullest) + (f", host {binary(fitting.host)}" if fitting.host else "")
-                break
+                return None
+            return None if to_the_host and found and found.layout.tier != "host" else found
+
+        if (least := _least(list(changes(situation)), fitting)) is not None:
+            found += 1
+            (name, _), priced = least
+            yield name, binary(priced.fullest) + (f", host {binary(priced.host)}" if priced.host else "")
+
+
+def _least(changes: list[Change], fitting: Callable[[Change], Priced | None]) -> tuple[Change, Priced] | None:
+    """The first of ever larger changes that fits, and how: where one fits, all after it do."""
+    first, end, least = 0, len(changes), None
+    while first < end:
+        middle = (first + end) // 2
+        if (found := fitting(changes[middle])) is not None:
+            end, least = middle, (changes[middle], found)
+        else:
+            first = middle + 1
+    return least
 
 
 def _with_memory(situation: Situation, **changes: object) -> Situation:
@@ -88,7 +108,7 @@ def _with_memory(situation: Situation, **changes: object) -> Situation:
     return situation.with_config(situation.config.model_copy(update={"memory": memory}))
 
 
-def _to_the_host(situation: Situation) -> Iterator[tuple[str, Situation]]:
+def _to_the_host(situation: Situation) -> Iterator[Change]:
     """With what else that takes: of the memory, and of a topology that does not say how much the host has."""
     memory, topology = situation.memory, situation.topology
     if memory is None or situation.why_no_host_tier() is None or situation.machine.kind == "cpu":
@@ -112,13 +132,13 @@ def _to_the_host(situation: Situation) -> Iterator[tuple[str, Situation]]:
     yield said, with_host
 
 
-def _narrower(situation: Situation) -> Iterator[tuple[str, Situation]]:
+def _narrower(situation: Situation) -> Iterator[Change]:
     memory = situation.memory
     for dtype in value_dtypes(memory)[1:] if memory is not None else ():
         yield f"memory.value_dtype={dtype}", _with_memory(situation, value_dtype=dtype)
 
 
-def _fewer_slots(situation: Situation) -> Iterator[tuple[str, Situation]]:
+def _fewer_slots(situation: Situation) -> Iterator[Change]:
     if situation.memory is None:
         return
     sub_keys = situation.memory.sub_keys
@@ -129,7 +149,7 @@ def _fewer_slots(situation: Situation) -> Iterator[tuple[str, Situation]]:
         yield f"memory.sub_keys={sub_keys}", _with_memory(situation, sub_keys=sub_keys)
 
 
-def _narrower_values(situation: Situation) -> Iterator[tuple[str, Situation]]:
+def _narrower_values(situation: Situation) -> Iterator[Change]:
     if situation.memory is None:
         return
     dim = situation.dim // 2
@@ -138,14 +158,21 @@ def _narrower_values(situation: Situation) -> Iterator[tuple[str, Situation]]:
         dim //= 2
 
 
-def _both(situation: Situation) -> Iterator[tuple[str, Situation]]:
-    """Fewer slots of 16 bits, as many as fit."""
-    for bits, narrower in _narrower(situation):
+def _fewer_slots_of_16_bits(situation: Situation) -> Iterator[Change]:
+    for bits, narrower in islice(_narrower(situation), 1):
         for slots, fewer in _fewer_slots(narrower):
             yield f"{bits} {slots}", fewer
 
 
-def _smaller_batch(situation: Situation) -> Iterator[tuple[str, Situation]]:
+def _smaller_in_all(situation: Situation) -> Iterator[Change]:
+    """A fourth of the slots and half of the batch, again and again; of 16 bits."""
+    for bits, narrower in islice(_narrower(situation), 1):
+        for (slots, fewer), (rows, smaller) in zip(_fewer_slots(narrower), _smaller_batch(narrower), strict=False):
+            data = smaller.config.data
+            yield f"{bits} {slots} {rows}", fewer.with_config(fewer.config.model_copy(update={"data": data}))
+
+
+def _smaller_batch(situation: Situation) -> Iterator[Change]:
     batch, chunks = situation.config.data.batch_size // 2, situation.memory.chunks if situation.memory else 1
     while batch >= situation.topology.world * chunks:
         data = situation.config.data.model_copy(update={"batch_size": batch})
@@ -154,7 +181,7 @@ def _smaller_batch(situation: Situation) -> Iterator[tuple[str, Situation]]:
         batch //= 2
 
 
-def _more_nodes(situation: Situation) -> Iterator[tuple[str, Situation]]:
+def _more_nodes(situation: Situation) -> Iterator[Change]:
     """The batch grows along."""
     topology = situation.topology
     if not _has_link_between_nodes(situation):

@@ -65,10 +65,10 @@ def tune(situation: Situation, most_seconds: float | None, rounding: bool, say: 
             continue
         where = (candidate.topology.world, candidate.rows)
         try:
-            search = Search(candidate, traces, placed.get(where))
+            search = Search(candidate, traces, placed.get(where), rounding=False)
             priced = search.fastest()
             if priced is None and where in placed:  # in the room that another candidate left them
-                search = Search(candidate, traces)
+                search = Search(candidate, traces, rounding=False)
                 priced = search.fastest()
         except (NoRoom, InputError):
             continue
