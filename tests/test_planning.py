@@ -173,6 +173,11 @@ def test_where_no_single_change_would_do_several_at_once_are_told() -> None:
     assert isinstance(plan(replace(smaller, schema=SMALL), rounding=False, date="2026-01-01"), PlanFile)
 
 
+def test_a_step_of_more_bytes_than_can_be_counted_is_refused() -> None:
+    with pytest.raises(InputError, match="a step of 536,870,912 rows a rank .data.batch_size=1073741824. needs"):
+        plan(situation(1, 2, rows=2**29), rounding=False, date="2026-01-01")
+
+
 def test_what_does_not_fit_by_a_named_look_up_is_told_nothing_that_it_cannot_do() -> None:
     found = plan(situation(1, 8, gib=40, sub_keys=65_536, lookup="fbgemm"), rounding=False, date="2026-01-01")
     assert isinstance(found, Infeasible)
@@ -231,7 +236,7 @@ def test_the_values_optimizer_is_priced_with_its_state() -> None:
     }
     rows = here.memories * here.slots // 8
     assert [found.storage["value state"][0] for found in planned.values()] == [0, rows * 4, rows * (4 + 4 * here.dim)]
-    assert with_optimizer(here, "rowwise_adam").least_table_bytes == rows * (4 * here.dim + 4 + 4 * here.dim)
+    assert with_optimizer(here, "rowwise_adam").least_table_bytes() == rows * (4 * here.dim + 4 + 4 * here.dim)
     sgd, adagrad, adam = (
         next(phase.seconds for phase in found.phases if phase.name == "update") for found in planned.values()
     )

@@ -32,7 +32,7 @@ _BURST = 2**26  # bytes of results that live at once, as in a step: on a CPU mem
 _TABLE_BYTES = {"cuda": 2**31, "cpu": 2**26}  # more than a cache holds
 _BAGS = {"cuda": 32_768, "cpu": 4096}
 _STRETCHES, _LEAST_SHARE = 0.5, 1e-3  # seconds that ranks compute in all, and what they may wait at least
-_STEADY = 3.0  # what the slowest round of a measurement may take of its fastest
+_STEADY = 2.5  # what the median round of a measurement may take of its fastest
 Say = Callable[[str], None]
 TinyStep = tuple[RunConfig, Schema, int, Callable[[], object]]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import get_args
@@ -93,10 +94,11 @@ class Search:
         """
         exact = min(self._times[layout].seconds for layout in self._by_time if self.exact(layout))
         faster = [layout for layout in self._by_time if self._times[layout].seconds < _WORTH * exact]
-        rounding = [layout for layout in faster if not self.exact(layout)][:_ROUNDING]
+        rounding = [layout for layout in faster if not self.exact(layout) and self._may_fit(layout)][:_ROUNDING]
         priced = [self._price(layout) for layout in self._by_time if layout in rounding or self.exact(layout)]
         if all(one.short for one in priced):
-            others = (self._price(one) for one in self._by_time if one not in rounding and not self.exact(one))
+            left = [one for one in self._by_time if one not in rounding and not self.exact(one) and self._may_fit(one)]
+            others = map(self._price, left)
             priced += [one for one in others if not one.short][:1]
         return sorted(priced, key=lambda one: one.short)
 
@@ -130,12 +132,16 @@ class Search:
         """Bytes of the fullest rank without id tables: least of exact layouts on the device, of exact ones, of all."""
         device = [layout for layout in self.layouts if self.exact(layout) and layout.tier == "device"]
         host = [layout for layout in self.layouts if self.exact(layout) and layout.tier == "host"]
-        rounding = [layout for layout in self.layouts if not self.exact(layout)]
+        rounding = [layout for layout in self.layouts if not self.exact(layout) and self._may_fit(layout)]
         least = math.inf
         for layouts in (device, host, rounding):
             totals = (max(storage.total for storage in self._storage_W(layout, [])) for layout in layouts)
             if (total := min(totals, default=math.inf)) < least:
                 yield (least := total)
+
+    def _may_fit(self, layout: Layout) -> bool:
+        """Whether its tables alone do: how much a step needs beside them can take seconds to find out."""
+        return self.situation.least_table_bytes(layout.value_dtype) <= self.situation.topology.device_bytes
 
     def _price(self, layout: Layout) -> Priced:
         storage_W = self._storage_W(layout, self.ids.tables)
@@ -194,7 +200,8 @@ class Search:
                 round(load.rows(layout.world)),
                 load.owner_load(layout.world, once=layout.strategy == "row_gather_unique"),
             )
-        return rank_storage(situation.config, situation.schema, layout, self.trace, tables, distinct)
+        with _possible_sizes(situation):
+            return rank_storage(situation.config, situation.schema, layout, self.trace, tables, distinct)
 
 
 def value_dtypes(memory: MemoryConfig) -> tuple[str, ...]:
@@ -256,5 +263,20 @@ def _traced(situation: Situation, traces: dict[str, StepTrace]) -> StepTrace:
     depends_on = (situation.rows, config.model, config.memory, config.training.precision, config.optimizer.dense)
     key = "|".join(map(str, depends_on))
     if key not in traces:
-        traces[key] = trace_step(config, situation.schema, situation.rows, situation.machine.kind)
+        with _possible_sizes(situation):
+            traces[key] = trace_step(config, situation.schema, situation.rows, situation.machine.kind)
     return traces[key]
+
+
+@contextmanager
+def _possible_sizes(situation: Situation) -> Iterator[None]:
+    """InputError for a step whose tensors have more bytes than torch counts."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise InputError(
+            f"a step of {situation.rows:,} rows a rank (data.batch_size={situation.config.data.batch_size}) needs "
+            "tensors of more bytes than can be counted; lower it, or the widths of the model"
+        ) from None

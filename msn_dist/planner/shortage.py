@@ -76,7 +76,7 @@ def _changes(situation: Situation, traces: dict[str, StepTrace], say: Say) -> It
 
         def fitting(change: tuple[str, Situation], to_the_host: bool = changes is _to_the_host) -> Priced | None:
             name, changed = change
-            if changed.least_table_bytes > changed.topology.device_bytes:
+            if changed.least_table_bytes() > changed.topology.device_bytes:
                 return None
             say(f"trying {name}")
             try:

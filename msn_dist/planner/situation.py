@@ -134,12 +134,14 @@ class Situation:
         """D_v."""
         return self.memory.value_dim or self.config.model.width
 
-    @property
-    def least_table_bytes(self) -> int:
-        """Values, or their cache, and optimizer state of all tables on a rank's device, if they are cut evenly."""
+    def least_table_bytes(self, value_dtype: str | None = None) -> int:
+        """Values, or their cache, and optimizer state of all tables on a rank's device, if they are cut evenly.
+
+        Values are stored as the config says, or as `value_dtype`.
+        """
         if self.memory is None:
             return 0
-        row = self.dim * VALUE_DTYPES[self.memory.value_dtype].itemsize
+        row = self.dim * VALUE_DTYPES[value_dtype or self.memory.value_dtype].itemsize
         rows = self.slots // self.topology.world
         values = rows * row
         if self.why_no_host_tier() is None:

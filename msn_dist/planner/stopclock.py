@@ -25,7 +25,7 @@ class Stopclock:
 
     def __init__(self, device: torch.device, control: dist.ProcessGroup) -> None:
         self.device, self._control = device, control
-        self.unsteady = 1.0  # the slowest round of an operation over its fastest on this rank, at most
+        self.unsteady = 1.0  # what is taken of an operation's rounds, over the fastest of them on this rank, at most
 
     def seconds(self, call: Callable[[], Any], *, warm: bool = False) -> float:
         """One call, on the device; ranks may make different numbers of calls.
@@ -34,7 +34,10 @@ class Stopclock:
         """
         if warm:
             self._rounds(call)
-        return self._settled(self._rounds(call))
+        rounds = self._rounds(call)
+        # not of collectives: ranks that share cores come to them when the system lets them
+        self.unsteady = max(self.unsteady, statistics.median(rounds) / min(rounds))
+        return self._settled(rounds)
 
     def _rounds(self, call: Callable[[], Any]) -> list[float]:
         """Seconds of one call in each round."""
@@ -78,7 +81,6 @@ class Stopclock:
         return self.mean(statistics.median(rounds))
 
     def _settled(self, rounds: list[float]) -> float:
-        self.unsteady = max(self.unsteady, max(rounds) / min(rounds))
         return self.mean(statistics.median(rounds))
 
     def host_seconds(self, call: Callable[[], Any], calls: int) -> float:

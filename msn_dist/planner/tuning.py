@@ -61,7 +61,7 @@ def tune(situation: Situation, most_seconds: float | None, rounding: bool, say: 
     found = []
     for number, candidate in enumerate(_candidates(situation, rounding), 1):
         say(f"candidate {number}, {len(found)} fit")
-        if candidate.least_table_bytes > candidate.topology.device_bytes:
+        if candidate.least_table_bytes() > candidate.topology.device_bytes:
             continue
         where = (candidate.topology.world, candidate.rows)
         try:
