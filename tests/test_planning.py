@@ -173,6 +173,12 @@ def test_where_no_single_change_would_do_several_at_once_are_told() -> None:
     assert isinstance(plan(replace(smaller, schema=SMALL), rounding=False, date="2026-01-01"), PlanFile)
 
 
+def test_a_search_that_leaves_the_kernels_is_told() -> None:
+    sizes = {"kernels": 1024, "torch": 2**17}
+    said = {by: plan(situation(64, 8, sub_keys=n), rounding=True, date="2026-01-01").demand for by, n in sizes.items()}
+    assert "not fused: the kernels take" in said["torch"] and "fused" not in said["kernels"]
+
+
 def test_a_step_of_more_bytes_than_can_be_counted_is_refused() -> None:
     with pytest.raises(InputError, match="a step of 536,870,912 rows a rank .data.batch_size=1073741824. needs"):
         plan(situation(1, 2, rows=2**29), rounding=False, date="2026-01-01")

@@ -112,7 +112,9 @@ def _demand(situation: Situation) -> str:
         return rows
     memory = situation.memory
     tables = f"{situation.memories} x {situation.slots:,} slots of {situation.dim}"
-    return f"{rows}; {tables}, {memory.heads * memory.top_k} hits a token, {situation.popularity}"
+    demand = f"{rows}; {tables}, {memory.heads * memory.top_k} hits a token, {situation.popularity}"
+    why = situation.why_no_fused_retrieval
+    return demand if why is None else f"{demand}; retrieval by torch, not fused: {why}"
 
 
 def _kinds(of_ranks: list[dict[str, int]]) -> dict[str, list[int]]:

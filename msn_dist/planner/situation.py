@@ -104,6 +104,15 @@ class Situation:
         return replace(self, config=config)
 
     @property
+    def why_no_fused_retrieval(self) -> str | None:
+        """Why GPUs search for slots by torch's operators, which write every score; None where kernels do, or no GPU."""
+        if self.memory is None or self.machine.kind == "cpu":
+            return None
+        if self.memory.retrieval == "reference":
+            return "memory.retrieval=reference"
+        return sizes.why_no_retrieval(self.memory.top_k, self.memory.sub_keys, self.memory.key_dim)
+
+    @property
     def rows(self) -> int:
         """Of the rank with most."""
         return -(-self.config.data.batch_size // self.topology.world)
