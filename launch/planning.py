@@ -163,7 +163,7 @@ def _training(config: Path, overrides: list[str], plan: Path, world: int, ranks_
     """The command that trains by a plan; on several nodes it is started on each (docs/launch.md)."""
     arguments = ["train", str(config), *overrides, "--plan", str(plan)]
     if world > ranks_per_node:
-        return shlex.join(["launch/torchrun.sh", *arguments])
+        return shlex.join(["launch/torchrun.sh", *arguments, "--out", "DIR"])
     return shlex.join(["msn", *arguments, *(["--nproc", str(world)] if world > 1 else [])])
 
 

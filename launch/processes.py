@@ -34,11 +34,13 @@ def choose_nproc(requested: int | None, device: str) -> int:
         raise InputError(f"--nproc {requested}: at least 1 process is needed")
     gpus = 0 if device == "cpu" else _gpu_count()
     if device == "cuda" and not gpus:
-        raise InputError("device cuda: torch sees no GPU here (`msn doctor` says why); use cpu or auto")
+        raise InputError(
+            "training.device=cuda or --device cuda: torch sees no GPU here (`msn doctor` says why); use cpu or auto"
+        )
     if requested is not None and gpus and requested > gpus:
         raise InputError(
             f"--nproc {requested}: this machine has {gpus} GPU{'s' * (gpus > 1)}, and each process needs its own; "
-            "lower --nproc, or take the device cpu"
+            "lower --nproc, or add training.device=cpu (--device cpu of msn calibrate)"
         )
     return requested or gpus or 1
 

@@ -118,7 +118,7 @@ def test_a_run_of_a_gpu_is_evaluated_on_a_cpu_as_each_refusal_says(
     overrides: list[str] = []
     for refusal, override in (
         (
-            "device cuda: torch sees no GPU here (`msn doctor` says why); use cpu or auto",
+            "training.device=cuda or --device cuda: torch sees no GPU here (`msn doctor` says why); use cpu or auto",
             "training.device=cpu",
         ),
         ("memory.retrieval=triton: the kernels need a CUDA GPU", "memory.retrieval=auto"),

@@ -215,15 +215,19 @@ finally:  # not getrusage, which would count the process that forked this one
 def test_a_plan_for_512_gpus_takes_less_than_a_gib_of_memory(tmp_path: Path) -> None:
     command = ["plan", "configs/large/msn_2e34.yaml", "--topology", "configs/topology/h200x64x8.yaml"]
     command += ["--output", str(tmp_path / "plan.json")]
-    subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", MOST_MEMORY, str(tmp_path / "kib"), *command],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=True,
         capture_output=True,
-    )
+        text=True,
+    ).stdout
     assert int((tmp_path / "kib").read_text()) < 2**20
     plan = load_plan(tmp_path / "plan.json")
+    assert "msn_2e34.yaml --plan" in printed and printed.rstrip().endswith(
+        "--out DIR"
+    )  # as launch/torchrun.sh needs it
     assert plan.world_size == 512 and len(plan.id_tables["features.id_tables"]) == 26
     # 2 tables of 2^34 slots of 64 float32 numbers, and their state
     assert plan.storage["values"] == [2 * 2**34 * 64 * 4 // 512] * 512

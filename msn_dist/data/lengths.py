@@ -11,7 +11,7 @@ from msn_dist.data.schema import Schema
 def mean_lengths(split: Path, schema: Schema) -> dict[str, float]:
     """Ids of a mean row in every list column that the model reads, by the footer of the split's first file.
 
-    Lists longer than `max_length` may hide behind shorter ones.  A column without statistics is left out, and so are
+    Lists longer than `max_length` may hide behind shorter ones.  A column without these counts is left out, and so are
     all if there is no row; raises InputError if it is not one of this schema.
     """
     first = min(split.glob("*.parquet"), default=None)
@@ -22,7 +22,8 @@ def mean_lengths(split: Path, schema: Schema) -> dict[str, float]:
     for group in map(footer.row_group, range(footer.num_row_groups)):
         for part in map(group.column, range(group.num_columns)):
             column = part.path_in_schema.split(".")[0]
-            if column in schema.sparse_keys and part.path_in_schema != column and part.statistics is not None:
+            counted = part.statistics is not None and part.statistics.has_null_count
+            if column in schema.sparse_keys and part.path_in_schema != column and counted:
                 # an empty list counts as a value that is null
                 ids[column] = ids.get(column, 0) + part.num_values - part.statistics.null_count
     return {column: min(number / footer.num_rows, most.get(column, number)) for column, number in ids.items()}

@@ -111,7 +111,9 @@ def choose_device(training: TrainingConfig) -> torch.device:
     """The device of this rank; InputError for what the machine cannot do."""
     cuda = torch.cuda.is_available()
     if training.device == "cuda" and not cuda:
-        raise InputError("device cuda: torch sees no GPU here (`msn doctor` says why); use cpu or auto")
+        raise InputError(
+            "training.device=cuda or --device cuda: torch sees no GPU here (`msn doctor` says why); use cpu or auto"
+        )
     if training.device == "cpu" or not cuda:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
