@@ -20,9 +20,9 @@ from msn_dist.data.schema import Schema
 from msn_dist.memory.product_keys import choose_retrieval
 from msn_dist.planner.cost import host_operators
 from msn_dist.planner.dense_trace import trace_step
-from msn_dist.planner.machine import Collective, Curve, Latency, Machine, device_name
+from msn_dist.planner.machine import SINGLE, Collective, Curve, Latency, Machine, device_name
 from msn_dist.planner.stopclock import Stopclock
-from msn_dist.sharding.buckets import bucket_rows, bucket_rows_by_kernel
+from msn_dist.sharding.buckets import bucket_rows, bucket_rows_by_kernel, distinct_rows
 from msn_dist.sharding.hits import Hits
 from msn_dist.sharding.lookup import choose_lookup, make_lookup
 from msn_dist.sharding.value_optimizer import ValueOptimizer
@@ -81,6 +81,9 @@ def calibrate(
         "sort": curve(
             "distinct numbers", lambda size: size / clock.seconds(_distinct(device, size)), [2**12, 2**16, 2**20]
         ),
+        "asked": curve(
+            "rows to ask for", lambda size: size / clock.seconds(_to_ask_for(device, size)), [2**12, 2**16, 2**20]
+        ),
         "bucketing": curve("hits by owner", lambda ranks: _bucketing_rate(clock, ranks), [2, 8, 64]),
         "host_link": curve(
             "copies from the host", lambda size: size / clock.seconds(_from_host(device, size)), [2**16, 2**20, 2**25]
@@ -103,10 +106,11 @@ def calibrate(
         )
     say("rows")
     widths = [16, 64, 256, 1024]
-    rates = [_row_rates(clock, width) for width in widths]
-    for place, name in enumerate(("hit_read", "row_read", "hit_update", "row_update")):
-        points = [[4.0 * width, of_width[place]] for width, of_width in zip(widths, rates, strict=True)]
-        figures[name] = Curve(points=points, source="measured")
+    for names, single in ((("hit_read", "row_read", "hit_update", "row_update"), False), (SINGLE, True)):
+        rates = [_row_rates(clock, width, single) for width in widths]
+        for name, of_widths in zip(names, zip(*rates, strict=True), strict=True):
+            points = [[4.0 * width, rate] for width, rate in zip(widths, of_widths, strict=True)]
+            figures[name] = Curve(points=points, source="measured")
     for name, call in (("all_to_all", _all_to_all), ("all_reduce", _all_reduce)):
         say(name.replace("_", "-"))
         figures[name] = _collective(clock, node, device, call)
@@ -196,6 +200,11 @@ def _distinct(device: torch.device, size: int) -> Callable[[], object]:
     return lambda: torch.unique(numbers, return_inverse=True)
 
 
+def _to_ask_for(device: torch.device, size: int) -> Callable[[], object]:
+    row_ML = torch.randint(size // 8, (size // _HITS, _HITS), device=device)
+    return lambda: distinct_rows(row_ML, size // 16, 2)
+
+
 def _bucketing_rate(clock: Stopclock, ranks: int) -> float:
     bags = _BAGS[clock.device.type]
     row_ML = torch.randint(2**20, (bags, _HITS), device=clock.device)
@@ -237,21 +246,23 @@ def _retrieval_rate(clock: Stopclock, sub_keys: int, backward: bool, dtype: torc
     return queries / clock.seconds(lambda: retrieval.retrieve_backward(*operands, slots, weights, gradient, tau))
 
 
-def _row_rates(clock: Stopclock, width: int) -> tuple[float, float, float, float]:
+def _row_rates(clock: Stopclock, width: int, single: bool) -> tuple[float, float, float, float]:
     """A second: hits and distinct rows read, hits and distinct rows updated.
 
-    Hits on a few rows tell what a hit costs; hits all over the table, what their rows cost beside.
+    Hits on a few rows tell what a hit costs; hits all over the table, what their rows cost beside.  `single`: a hit is
+    a bag of its own, without a weight, as rows are asked for.
     """
     device = clock.device
     rows, bags = _TABLE_BYTES[device.type] // (4 * width), _BAGS[device.type]
     lookup = make_lookup("auto", rows, width, ValueOptimizer(), device)
     lookup.weight_RD.zero_()
-    gradient_GD = torch.randn(bags, width, device=device)
-    weights_H = torch.rand(bags * _HITS, device=device)
+    count, size = (min(bags * _HITS, rows), 1) if single else (bags * _HITS, _HITS)
+    gradient_GD = torch.randn(count // size, width, device=device)
+    weights_H = None if single else torch.rand(count, device=device)
     read, update, distinct = {}, {}, {}
     for among in (_FEW_ROWS, rows):
-        row_H = torch.randint(among, (bags * _HITS,), device=device).to(torch.int32)
-        hits, distinct[among] = Hits.uniform(row_H, weights_H, size=_HITS), len(row_H.unique())
+        row_H = torch.randint(among, (count,), device=device).to(torch.int32)
+        hits, distinct[among] = Hits.uniform(row_H, weights_H, size=size), len(row_H.unique())
         read[among] = clock.seconds(lambda hits=hits: lookup.read(hits))
 
         def step(hits: Hits = hits) -> None:
@@ -264,8 +275,7 @@ def _row_rates(clock: Stopclock, width: int) -> tuple[float, float, float, float
         beside = max(seconds[rows] - seconds[_FEW_ROWS], 0.02 * seconds[rows])
         return (distinct[rows] - distinct[_FEW_ROWS]) / beside
 
-    hits = len(weights_H)
-    return hits / read[_FEW_ROWS], of_rows(read), hits / update[_FEW_ROWS], of_rows(update)
+    return count / read[_FEW_ROWS], of_rows(read), count / update[_FEW_ROWS], of_rows(update)
 
 
 def _lookup(device: torch.device) -> str:

@@ -272,14 +272,15 @@ def _exchange(
 
     sorting = times(work.bucketed, machine.bucketing.at(max(2, topology.world)))
     if work.asked:
-        sorting += times(work.asked, machine.sort.at(work.asked))
+        sorting += times(work.asked, (machine.asked or machine.sort).at(work.asked))
     touched = times(work.distinct, machine.sort.at(work.distinct)) if work.distinct else 0.0
     reading = updating = weighing = 0.0
     if work.read:
-        reading = memories * slower[0] * machine.read_seconds(work.read, work.rows_by_chunk, work.row_bytes)
-        updating = memories * slower[1] * machine.update_seconds(work.read, work.rows, work.row_bytes)
-    if work.read_again:
-        updating += memories * slower[0] * machine.read_seconds(work.read, work.rows, work.row_bytes)
+        rows = work.row_bytes, work.single
+        reading = memories * slower[0] * machine.read_seconds(work.read, work.rows_by_chunk, *rows)
+        updating = memories * slower[1] * machine.update_seconds(work.read, work.rows, *rows)
+        if work.read_again:
+            updating += memories * slower[0] * machine.read_seconds(work.read, work.rows, *rows)
     if work.weighed:
         weighing = memories * chunks * machine.pass_seconds(work.weighed / chunks)
     if work.cached:

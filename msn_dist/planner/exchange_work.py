@@ -32,6 +32,7 @@ class Work:
     rows: float = 0.0  # distinct ones among them
     rows_by_chunk: float = 0.0  # the same of each chunk for itself
     row_bytes: float = 0.0
+    single: bool = False  # a hit is a bag of its own, without a weight
     given: float = 0.0  # bytes of what look-ups give, and of its gradient
     weighed: float = 0.0  # bytes of the pass over looked up rows that gives weights their gradients before an update
     read_again: bool = False  # by the update
@@ -98,7 +99,7 @@ def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
             unique = layout.strategy == "row_gather_unique"
             rows = load.rows_by_chunk(1) if unique else hits
             given = rows * dim * _FLOAT
-            work = Work(read=rows * busiest, rows=of_owner, row_bytes=dim * element, given=given)
+            work = Work(read=rows * busiest, rows=of_owner, row_bytes=dim * element, single=True, given=given)
             work.bucketed, work.asked = (0, hits) if unique else (hits, 0)
             work.home = HomeWork(hits, rows, dim * _FLOAT, by_kernels=layout.lookup == "triton", once=not unique)
             work.forward = [40 * hits, *_coded(layout.wire, rows, dim)]

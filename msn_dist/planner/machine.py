@@ -19,6 +19,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 from msn_dist.errors import InputError
 from msn_dist.strict_yaml import Part, parse, read_yaml
 
+SINGLE = ("single_read", "single_row_read", "single_update", "single_row_update")
 # time of FBGEMM's TBE over that of our kernels, which profiles of GPUs are of, to read and to update: medians of
 # benchmarks.kernels on an H200, which has 1.2 to 2.4 and 1.1 to 2.6
 _TBE = 1.7, 1.9
@@ -111,7 +112,12 @@ class Machine(Part):
     row_read: Curve = Field(description="bytes of a row -> distinct rows/s, beside their hits")
     hit_update: Curve = Field(description="bytes of a row -> hits/s of the backward with row-wise Adagrad")
     row_update: Curve = Field(description="bytes of a row -> distinct rows/s, beside their hits")
+    single_read: Curve | None = Field(None, description="these of hits in a bag each, without weights; else as above")
+    single_row_read: Curve | None = None
+    single_update: Curve | None = None
+    single_row_update: Curve | None = None
     bucketing: Curve = Field(description="ranks -> hits/s, sorted by owner")
+    asked: Curve | None = Field(None, description="hits -> hits/s of finding the distinct rows to ask for; else `sort`")
     operator: Latency = Field(description="of one operator on the device")
     dispatch: Latency = Field(description="of one operator on the host, which a GPU works behind")
     id_step: Latency = Field(description="of TorchRec's modules in one step, beside their look-ups")
@@ -127,6 +133,8 @@ class Machine(Part):
     def _possible(self) -> Machine:
         if (self.retrieve is None) != (self.retrieve_backward is None):
             raise ValueError("retrieve and retrieve_backward belong together; measure again, or leave both out")
+        if len({getattr(self, name) is None for name in SINGLE}) == 2:
+            raise ValueError(f"{', '.join(SINGLE)} belong together; measure again, or leave all of them out")
         return self
 
     @property
@@ -138,13 +146,19 @@ class Machine(Part):
         """An element-wise pass over so many bytes, read and written."""
         return max(self.operator.seconds, size / self.copy_rate.at(size))
 
-    def read_seconds(self, hits: float, rows: float, row_bytes: float) -> float:
-        """A look-up of so many hits that fall on so many rows."""
-        return hits / self.hit_read.of_work(row_bytes) + rows / self.row_read.of_work(row_bytes)
+    def read_seconds(self, hits: float, rows: float, row_bytes: float, single: bool = False) -> float:
+        """A look-up of so many hits that fall on so many rows; `single`: without weights, in a bag each."""
+        of_hits, of_rows = self.hit_read, self.row_read
+        if single and self.single_read is not None:
+            of_hits, of_rows = self.single_read, self.single_row_read
+        return hits / of_hits.of_work(row_bytes) + rows / of_rows.of_work(row_bytes)
 
-    def update_seconds(self, hits: float, rows: float, row_bytes: float) -> float:
+    def update_seconds(self, hits: float, rows: float, row_bytes: float, single: bool = False) -> float:
         """Its backward, with the step of the rows."""
-        return hits / self.hit_update.of_work(row_bytes) + rows / self.row_update.of_work(row_bytes)
+        of_hits, of_rows = self.hit_update, self.row_update
+        if single and self.single_update is not None:
+            of_hits, of_rows = self.single_update, self.single_row_update
+        return hits / of_hits.of_work(row_bytes) + rows / of_rows.of_work(row_bytes)
 
 
 def device_name(device: torch.device) -> str:
