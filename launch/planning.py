@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import json
 import os
 import shlex
 import sys
@@ -36,7 +37,7 @@ def calibrate(output: Path, device: str) -> None:
 
     with joined_ranks(TrainingConfig(device=device)) as ranks:
         console = Console(quiet=ranks.rank != 0, highlight=False, markup=False, soft_wrap=True)
-        ranks.together(lambda: _require_writable(output) if ranks.rank == 0 else None)
+        ranks.together(lambda: _require_writable(output, "profile", of_all="copy_rate") if ranks.rank == 0 else None)
         with console.status("") as status:
 
             def say(line: str) -> None:
@@ -63,8 +64,11 @@ def calibrate(output: Path, device: str) -> None:
                 )
 
 
-def _require_writable(output: Path) -> None:
-    """InputError if it cannot be written, before anything is measured or planned; nothing is left behind."""
+def _require_writable(output: Path, what: str, of_all: str) -> None:
+    """InputError if it cannot be written, or is there and is no such thing, which all have one key.
+
+    Nothing has been measured or planned then, and nothing is left behind.
+    """
     folder = output.resolve().parent
     if output.is_dir():
         raise InputError(f"--output {output}: is a folder; name a file in it")
@@ -72,6 +76,13 @@ def _require_writable(output: Path) -> None:
         raise InputError(f"--output {output}: there is no folder {folder}; make it, or name another file")
     if not os.access(output if output.exists() else folder, os.W_OK):
         raise InputError(f"--output {output}: cannot be written; name another file")
+    if output.is_file() and (text := output.read_bytes()):
+        try:
+            replaceable = of_all in json.loads(text)
+        except (ValueError, TypeError, RecursionError):
+            replaceable = False
+        if not replaceable:
+            raise InputError(f"--output {output}: is there and is no {what}; name another file, or remove it")
 
 
 def plan(
@@ -108,12 +119,10 @@ def plan(
     for name, value, most in (("--zipf", zipf, 4), ("--max-gib", most_gib, 1e5), ("--max-ms", most_ms, 1e9)):
         if value is not None and not 0 < value <= most:  # also NaN
             raise InputError(f"{name} {value}: must be above 0 and at most {most:g}")
-    if output is not None and any(output.resolve() == path.resolve() for path in (config_path, topology_path)):
-        raise InputError(f"--output {output}: is what is read; name another file")
     if tune and output is not None:
         raise InputError("--output: --tune makes no plan; take one of its lines as KEY=VALUE and plan again")
     if output is not None:
-        _require_writable(output)
+        _require_writable(output, "plan", of_all="seconds_over_ranks")
     if zipf is not None and usage is not None:
         raise InputError("--zipf and --usage both say which slots are hit; leave one out")
     config = load_config(config_path, overrides)
@@ -164,7 +173,7 @@ def _training(config: Path, overrides: list[str], plan: Path, world: int, ranks_
     arguments = ["train", str(config), *overrides, "--plan", str(plan)]
     if world > ranks_per_node:
         return shlex.join(["launch/torchrun.sh", *arguments, "--out", "DIR"])
-    return shlex.join(["msn", *arguments, *(["--nproc", str(world)] if world > 1 else [])])
+    return shlex.join(["msn", *arguments, "--nproc", str(world)])
 
 
 def _mean_lengths(split: Path, schema: Schema) -> dict[str, float]:

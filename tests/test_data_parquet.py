@@ -82,6 +82,20 @@ def test_mean_lengths_are_those_of_the_lists_as_they_are_read(folder, tmp_path):
     assert mean_lengths(tmp_path, SCHEMA) == {}
     pq.write_table(rows_table(0, 0), tmp_path / "a.parquet")
     assert mean_lengths(tmp_path, SCHEMA) == {}
+    columns = [name for name in rows_table(0, 1).column_names if name != "bag"]
+    pq.write_table(rows_table(0, 100), tmp_path / "a.parquet", write_statistics=columns)  # names of flat columns
+    assert "bag" not in mean_lengths(tmp_path, SCHEMA)
+
+
+def test_mean_lengths_are_of_a_column_by_its_whole_name(tmp_path):
+    """Columns may have dots, and other columns of the file such names too."""
+    schema = Schema(
+        name="dots", tables={"item": 9}, ids={"item": "item", "a.b": "item"}, labels=["click"], group="item"
+    )
+    lists = pa.array([[1, 2, 3]] * 4, pa.list_(pa.int32()))
+    columns = {"item": pa.array([1] * 4), "item.tags": lists, "a.b": lists, "click": pa.array([1] * 4)}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert mean_lengths(tmp_path, schema) == {"a.b": 3}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 20])

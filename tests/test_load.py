@@ -174,3 +174,19 @@ def test_what_no_layout_can_serve_is_refused() -> None:
     for usage in ({}, {"rank_curve": None}, *usages):
         with pytest.raises(InputError, match="memory_usage.json: rank_curve"):
             Load.from_usage(SLOTS, BAGS, HITS, usage)
+
+
+def test_a_run_that_has_used_hardly_any_slot_has_a_bags_worth_of_them() -> None:
+    """Distinct slots: a bag cannot read fewer."""
+    for share in (1e-6, 1e-4, HITS / SLOTS):
+        usage = {"rank_curve": {"share_of_slots": [0, share], "share_of_hits": [0, 1]}}
+        load = Load.from_usage(SLOTS, BAGS, HITS, usage)
+        assert float((load.read_B * load.slots_B).sum()) == pytest.approx(HITS)
+        assert load.rows(8) == pytest.approx(HITS) and load.owner_load(8) >= 1
+
+
+def test_squares_of_columns_travel_once_a_step() -> None:
+    """The update waits for the gradients of all chunks."""
+    load = Load.uniform(SLOTS, BAGS, HITS).in_chunks((BAGS // 2, BAGS // 2))
+    once = {message.name: message.once for message in expected_bytes("column", 8, 8, load, dim=64)}
+    assert [name for name, is_once in once.items() if is_once] == ["squares"]

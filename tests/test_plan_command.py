@@ -85,12 +85,14 @@ def test_the_command_that_trains_by_a_plan_is_printed_as_it_is_to_be_run(
     assert shlex.split(command) == ["msn", "train", str(folder / "config.yaml"), "--plan", str(place), "--nproc", "2"]
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "topology.yaml"])
-def test_a_plan_is_not_written_over_what_it_is_made_of(name: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("name", ["config.yaml", "topology.yaml", "profile.json"])
+def test_a_plan_is_not_written_over_what_is_none(name: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    if name == "profile.json":
+        (folder / name).write_text('{"copy_rate": {}}')
     before = (folder / name).read_text()
     command = ("plan", folder / "config.yaml", "--topology", folder / "topology.yaml", "--output", folder / name)
     assert msn(*command) == 2
-    assert "is what is read" in capsys.readouterr().err.replace("\n", " ")
+    assert "is there and is no plan" in capsys.readouterr().err.replace("\n", " ")
     assert (folder / name).read_text() == before
 
 

@@ -82,7 +82,7 @@ def test_values_in_host_memory_leave_the_device_their_cache_and_state() -> None:
 def test_of_rows_that_are_hit_alike_the_cached_share_is_found(world: int) -> None:
     load = Load.uniform(2**20, bags=1000, hits=16)
     for share in (0.02, 0.1, 0.5, 0.9):
-        found = CacheStep.of(load, world, 16_000, share)
+        found = CacheStep.of(load, world, 16_000, share, weighted=True)
         assert found.missed / found.rows == pytest.approx(1 - share, abs=1e-3)
 
 
@@ -123,10 +123,22 @@ def test_less_crosses_the_link_the_larger_the_cache_and_the_more_uneven_the_hits
 
 def test_rows_without_a_place_cross_the_link_with_every_hit() -> None:
     load = Load.uniform(2**20, bags=10_000, hits=32)
-    roomy, full = (CacheStep.of(load, 1, 320_000, share) for share in (0.5, 0.001))
+    roomy, full = (CacheStep.of(load, 1, 320_000, share, weighted=True) for share in (0.5, 0.001))
     assert roomy.arriving == roomy.leaving == roomy.missed
     over, hits = full.missed - full.places, 320_000 / full.rows
     assert full.arriving == pytest.approx(full.places + over * (2 * hits + 1)) and full.leaving == full.missed
+    asked = replace(full, weighted=False)  # whose weights are at home
+    assert asked.arriving == pytest.approx(full.places + over * (hits + 1))
+
+
+@pytest.mark.parametrize("strategy", ["column", "replicated"])
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_a_strategy_that_has_no_host_tier_keeps_no_plan_from_it(strategy: str, ranks: int) -> None:
+    """What the config names does not bind a plan."""
+    here = with_host(situation(1, ranks, rows=64, gib=20, sub_keys=16_384 * (1 + (ranks > 1)), strategy=strategy))
+    assert here.least_table_bytes() < 20 * GIB
+    found = planned(here)
+    assert isinstance(found, PlanFile) and found.memory.tier == "host"
 
 
 def test_the_host_tier_is_chosen_where_the_device_is_too_small_and_the_reason_says_so(tmp_path: Path) -> None:

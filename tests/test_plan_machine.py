@@ -14,7 +14,7 @@ from msn_dist.errors import InputError
 from msn_dist.planner.cost import _dense_gradients, message_seconds, operator_seconds
 from msn_dist.planner.home_work import HomeWork
 from msn_dist.planner.load import Message
-from msn_dist.planner.machine import BUILT_IN, Collective, Curve, Machine, load_machine
+from msn_dist.planner.machine import BUILT_IN, SINGLE, Collective, Curve, Machine, load_machine
 from msn_dist.planner.search import Search
 from msn_dist.planner.situation import Situation
 from msn_dist.planner.topology import load_topology
@@ -129,3 +129,38 @@ def test_a_profile_of_other_ranks_is_refused_on_a_cpu() -> None:
     tree = json.loads(here.machine.model_dump_json()) | {"kind": "cpu", "ranks": 2}
     with pytest.raises(InputError, match="msn calibrate --nproc 8"):
         Situation(here.config, SCHEMA, here.topology, Machine.model_validate(tree))
+
+
+def test_a_profile_of_one_gpu_says_nothing_of_links() -> None:
+    here = situation(1, 8)
+    none = Collective(latency=0.0, bandwidth=1e12, source="estimated", note="one rank sends nothing")
+    alone = here.machine.model_copy(update={"all_to_all": none, "all_reduce": none})
+    with pytest.raises(InputError, match="inside_node.*msn calibrate --nproc 8"):
+        replace(here, machine=alone)
+    inside = here.topology.model_copy(update={"inside_node": BETWEEN})
+    assert replace(here, machine=alone, topology=inside).machine is alone
+
+
+def test_rows_that_are_asked_for_have_rates_of_their_own() -> None:
+    """A hit is a bag there, and has no weight."""
+    here = situation(1, 8)
+    none = dict.fromkeys((*SINGLE, "asked"))
+    slow = {name: Curve(points=[[256, 1e6]], source="measured") for name in none}
+
+    def seconds(rates: dict) -> dict[str, dict[str, float]]:
+        search = Search(replace(here, machine=here.machine.model_copy(update=rates)))
+        exact = (one for one in search.priced() if search.exact(one.layout))
+        return {one.layout.strategy: {phase.name: phase.seconds for phase in one.time.phases} for one in exact}
+
+    as_others, slower = seconds(none), seconds(slow)
+    for strategy, phases in as_others.items():
+        changed = {name for name in phases if slower[strategy].get(name, 0.0) > phases[name]}
+        of_rows = {"look-up", "update"} if strategy.startswith("row_gather") else set()
+        assert changed == of_rows | ({"hits by owner"} if strategy == "row_gather_unique" else set())
+
+
+def test_the_rates_of_rows_that_are_asked_for_belong_together() -> None:
+    tree = json.loads(load_machine("h200").model_dump_json())
+    curve = {"points": [[256, 1e6]], "source": "measured"}
+    with pytest.raises(ValueError, match="single_row_update belong together"):
+        Machine.model_validate(tree | dict.fromkeys(SINGLE) | {"single_read": curve})

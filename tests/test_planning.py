@@ -21,7 +21,6 @@ from msn_dist.config import (
 )
 from msn_dist.data.schema import History, Schema
 from msn_dist.errors import InputError
-from msn_dist.planner import tuning
 from msn_dist.planner.id_placement import place_ids
 from msn_dist.planner.id_tables import NoRoom
 from msn_dist.planner.machine import Machine, load_machine
@@ -30,7 +29,6 @@ from msn_dist.planner.planning import Infeasible, plan
 from msn_dist.planner.search import Search
 from msn_dist.planner.situation import Popularity, Situation
 from msn_dist.planner.topology import Link, Topology
-from msn_dist.planner.tuning import tune
 
 ROOT = Path(__file__).parent.parent
 TOPOLOGIES = sorted((ROOT / "configs" / "topology").glob("h200*.yaml"))
@@ -145,34 +143,6 @@ def test_a_plan_is_written_and_read_as_it_is(tmp_path: Path) -> None:
     assert set(found.id_tables["features.id_tables"]) == {"user", "item", "hour"}
 
 
-def test_what_does_not_fit_is_explained_with_changes_that_do() -> None:
-    here = situation(1, 8, gib=40, sub_keys=65_536, value_dim=64)
-    found = plan(here, rounding=False, date="2026-01-01")
-    assert isinstance(found, Infeasible)
-    lines = str(found).splitlines()
-    assert "rank 0 lacks" in lines[0] and "GiB" in lines[0]
-    changes = [line.split()[0] for line in lines[2:]]
-    assert {"memory.sub_keys=32768", "memory.value_dim=16", "data.batch_size=32768,"} <= set(changes)
-    for change in ("sub_keys", "value_dim"):
-        value = int(next(line for line in changes if change in line).split("=")[1])
-        smaller = situation(1, 8, gib=40, **{"sub_keys": 65_536, "value_dim": 64, change: value})
-        assert isinstance(plan(smaller, rounding=False, date="2026-01-01"), PlanFile)
-        larger = situation(1, 8, gib=40, **{"sub_keys": 65_536, "value_dim": 64, change: 2 * value})
-        assert isinstance(plan(larger, rounding=False, date="2026-01-01"), Infeasible), "a smaller change would do"
-
-
-def test_where_no_single_change_would_do_several_at_once_are_told() -> None:
-    """The batch alone is too much for the memory there is, and so are the slots."""
-    here = situation(1, 1, gib=0.3, rows=65_536, sub_keys=16_384)
-    found = plan(replace(here, schema=SMALL), rounding=False, date="2026-01-01")
-    *_, several = str(found).splitlines()
-    changes = dict(change.split("=") for change in several.split()[:3])
-    assert list(changes) == ["memory.value_dtype", "memory.sub_keys", "data.batch_size"]
-    memory = {"sub_keys": int(changes["memory.sub_keys"]), "value_dtype": changes["memory.value_dtype"]}
-    smaller = situation(1, 1, gib=0.3, rows=int(changes["data.batch_size"]), **memory)
-    assert isinstance(plan(replace(smaller, schema=SMALL), rounding=False, date="2026-01-01"), PlanFile)
-
-
 def test_a_search_that_leaves_the_kernels_is_told() -> None:
     sizes = {"kernels": 1024, "torch": 2**17}
     said = {by: plan(situation(64, 8, sub_keys=n), rounding=True, date="2026-01-01").demand for by, n in sizes.items()}
@@ -182,12 +152,6 @@ def test_a_search_that_leaves_the_kernels_is_told() -> None:
 def test_a_step_of_more_bytes_than_can_be_counted_is_refused() -> None:
     with pytest.raises(InputError, match="a step of 536,870,912 rows a rank .data.batch_size=1073741824. needs"):
         plan(situation(1, 2, rows=2**29), rounding=False, date="2026-01-01")
-
-
-def test_what_does_not_fit_by_a_named_look_up_is_told_nothing_that_it_cannot_do() -> None:
-    found = plan(situation(1, 8, gib=40, sub_keys=65_536, lookup="fbgemm"), rounding=False, date="2026-01-01")
-    assert isinstance(found, Infeasible)
-    assert "memory.sub_keys=32768" in str(found) and "bf16" not in str(found)
 
 
 def test_no_plan_leaves_id_tables_out_where_only_some_layouts_fit() -> None:
@@ -300,25 +264,6 @@ def test_histories_are_priced_by_their_mean_length_and_full_where_it_is_not_know
     assert seconds(50, seen=5.0) == seconds(5)
 
 
-def test_tuning_keeps_only_what_nothing_else_beats(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"sub_keys": (1, 2), "top_k": (0.5, 1), "value_dim": (1,), "rows": (1, 2), "nodes": (1, 2)}
-    monkeypatch.setattr(tuning, "_SCALES", few)
-    found = tune(situation(1, 2, rows=64, sub_keys=128), most_seconds=None, rounding=True, say=lambda line: None)
-    assert len(found) > 3
-    assert not any(one.beats(other) for one in found for other in found)
-    sizes = [one.parameters for one in found]
-    assert sizes == sorted(sizes, reverse=True)
-    assert not tune(situation(1, 2, rows=64, sub_keys=128), most_seconds=1e-9, rounding=False, say=lambda line: None)
-
-
-def test_tuning_leaves_out_sizes_that_a_named_back_end_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"sub_keys": (1,), "top_k": (1, 2), "value_dim": (1,), "rows": (1,), "nodes": (1,)}
-    monkeypatch.setattr(tuning, "_SCALES", few)
-    here = situation(1, 2, rows=64, sub_keys=256, top_k=128, retrieval="triton")
-    found = tune(here, most_seconds=None, rounding=False, say=lambda line: None)
-    assert [one.situation.memory.top_k for one in found] == [128]
-
-
 def test_more_popular_slots_make_asking_for_rows_once_cheaper() -> None:
     even, skewed = (Search(situation(8, 8, zipf=zipf)) for zipf in (None, 1.2))
     of_unique = [
@@ -326,44 +271,6 @@ def test_more_popular_slots_make_asking_for_rows_once_cheaper() -> None:
         for search in (even, skewed)
     ]
     assert of_unique[1] < of_unique[0]
-
-
-@pytest.mark.parametrize(
-    ("here", "sub_keys"),
-    [
-        (situation(1, 2, rows=64, gib=0.55), (2, 1)),  # the first has no room for id tables, nor without them
-        (situation(8, 8, rows=64, sub_keys=2048, gib=0.46), (1, 2)),  # whole tables leave room for the first alone
-    ],
-)
-def test_each_candidate_has_its_id_tables_in_room_of_its_own(
-    here: Situation, sub_keys: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tuning, "_SCALES", {name: (1,) for name in tuning._SCALES} | {"sub_keys": sub_keys})
-    (found,) = tune(here, most_seconds=None, rounding=False, say=lambda line: None)
-    alone = Search(found.situation).fastest()
-    assert found.situation.memory.sub_keys == here.memory.sub_keys * sub_keys[1]
-    assert found.priced.storage_W == alone.storage_W and alone.fullest < alone.capacity
-    assert sum(storage.kinds["id_tables"] for storage in alone.storage_W) == 5_900_024 * 64
-
-
-def test_tuning_leaves_out_what_training_would_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_SCALES", {name: (1,) for name in tuning._SCALES} | {"rows": (0.5, 1)})
-    here = situation(1, 2, rows=4, sub_keys=64, lookup="fbgemm", chunks=4)
-    (found,) = tune(here, most_seconds=None, rounding=True, say=lambda line: None)
-    assert (found.situation.memory.value_dtype, found.situation.rows) == ("fp32", 4)
-
-
-def test_what_fbgemm_cannot_train_is_no_way_out() -> None:
-    found = plan(situation(1, 2, rows=64, sub_keys=4096, gib=2, lookup="fbgemm"), rounding=False, date="2026-01-01")
-    assert isinstance(found, Infeasible)
-    assert "memory.sub_keys=2048" in str(found) and "bf16" not in str(found)
-
-
-def test_more_nodes_are_spoken_of_where_there_may_be_some() -> None:
-    here = situation(1, 2, rows=64, sub_keys=4096, gib=0.01)
-    alone = replace(here, topology=here.topology.model_copy(update={"between_nodes": None}))
-    for one, tried in ((here, True), (alone, False)):
-        assert ("times the nodes" in str(plan(one, rounding=False, date="2026-01-01"))) == tried
 
 
 def test_what_a_plan_decides_otherwise_than_the_config_is_told() -> None:
@@ -411,3 +318,19 @@ def test_a_plan_is_refused_for_another_config_or_other_ranks(tmp_path: Path) -> 
     (tmp_path / "other.json").write_text('{"world_size": 2, "tables": []}')
     with pytest.raises(InputError, match="is no plan of `msn plan`"):
         load_plan(tmp_path / "other.json")
+
+
+def test_the_curve_of_a_strategy_ends_where_ranks_would_be_without_rows() -> None:
+    found = plan(situation(2, 8, sub_keys=4, top_k=4), rounding=False, date="2026-01-01")
+    assert max(ranks for ranks, _ in found.seconds_over_ranks["column"]) == 16
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_ids_of_histories_that_are_only_added_up_are_held_too(ranks: int) -> None:
+    """Eight bytes each, until the next step, and once more for the backward where they travel."""
+    held = []
+    for length in (1, 1001):
+        history = {"past": History(columns={"item_past": "item"}, max_length=length)}
+        here = replace(situation(1, ranks), schema=SCHEMA.model_copy(update={"histories": history}))
+        held.append(Search(here).priced()[0].storage_W[0].activations)
+    assert held[1] - held[0] >= 8 * 1024 * 1000 * (1 + (ranks > 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from msn_dist.data.row_group import open_file
@@ -18,12 +19,16 @@ def mean_lengths(split: Path, schema: Schema) -> dict[str, float]:
     if first is None or not (footer := open_file(first, schema)).num_rows:
         return {}
     most = {column: history.max_length for history in schema.histories.values() for column in history.columns}
-    ids: dict[str, int] = {}
+    names = footer.schema.to_arrow_schema().names
+    ids: dict[str, float] = {}
     for group in map(footer.row_group, range(footer.num_row_groups)):
         for part in map(group.column, range(group.num_columns)):
-            column = part.path_in_schema.split(".")[0]
-            counted = part.statistics is not None and part.statistics.has_null_count
-            if column in schema.sparse_keys and part.path_in_schema != column and counted:
+            path = part.path_in_schema
+            column = max((name for name in names if f"{path}.".startswith(f"{name}.")), key=len)  # it may have dots
+            if column in schema.sparse_keys and path != column:
+                counted = part.statistics is not None and part.statistics.has_null_count
                 # an empty list counts as a value that is null
-                ids[column] = ids.get(column, 0) + part.num_values - part.statistics.null_count
-    return {column: min(number / footer.num_rows, most.get(column, number)) for column, number in ids.items()}
+                here = part.num_values - part.statistics.null_count if counted else math.nan
+                ids[column] = ids.get(column, 0) + here
+    known = {column: number for column, number in ids.items() if not math.isnan(number)}
+    return {column: min(number / footer.num_rows, most.get(column, number)) for column, number in known.items()}

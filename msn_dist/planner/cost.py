@@ -138,7 +138,7 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
         load, chunks = situation.load, situation.memory.chunks
         work, link = exchange_work(layout, load, situation.dim), (0.0, 0.0)
         if layout.tier == "host":
-            cached = CacheStep.of(load, layout.world, work.read, situation.memory.cache)
+            cached = CacheStep.of(load, layout.world, work.read, situation.memory.cache, weighted=not work.single)
             work.cached = cached.hits
             work.forward += cached.passes()
             link = tuple(memories * rows * work.row_bytes for rows in (cached.arriving, cached.leaving))

@@ -130,10 +130,11 @@ def _batch(schema: Schema, rows: int) -> Any:
 def _put_stand_ins(model: Ranker, rows: int, recorder: StepRecorder, on_gpu: bool) -> None:
     """In place of what is sharded, and of what runs in kernels of this project."""
     features, schema, width = model.features, model.schema, model.model.embedding_dim
+    events = {c: h.max_length for h in schema.histories.values() for c in h.columns}
     if features.id_tables is not None:
-        features.id_tables = _IdTables(recorder, rows, features.pooled_keys, width)
+        ids = sum(events.get(key, 1) for key in features.pooled_keys)
+        features.id_tables = _IdTables(recorder, rows, features.pooled_keys, ids, width)
     if features.sequence_tables is not None:
-        events = {c: h.max_length for h in schema.histories.values() for c in h.columns}
         lists = {key: rows * events.get(key, 1) for key in features.sequence_keys}
         features.sequence_tables = _SequenceTables(recorder, lists, width)
     for memory in model.memories().values():
@@ -179,10 +180,11 @@ class _Values(nn.Module):
 class _IdTables(nn.Module):
     """Takes and gives what a sharded EmbeddingBagCollection does."""
 
-    def __init__(self, recorder: StepRecorder, rows: int, keys: list[str], width: int) -> None:
+    def __init__(self, recorder: StepRecorder, rows: int, keys: list[str], ids: int, width: int) -> None:
+        """`ids` of all keys of a row."""
         super().__init__()
         self.recorder, self.keys = recorder, keys
-        self.look_up = LookUp("ids", rows, len(keys), len(keys) * width)
+        self.look_up = LookUp("ids", rows, ids, len(keys) * width)
 
     def forward(self, sparse: Any) -> Any:
         sums = _LookUp.apply(torch.empty(0, requires_grad=True), self.recorder, self.look_up)

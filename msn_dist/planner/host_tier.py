@@ -11,8 +11,8 @@ For rows that are hit alike that is the share C W / n of them, whatever T; T bel
 than what one step hits.  Of the rows that an owner misses in a step at most C find a place:
 
     placed rows    come once, before the look-up, and as many go back, stepped or not
-    the others     are read in the host's memory: h times in the look-up, h times for the gradient of their weights and
-                   once for their step, where h is the hits of a row; and go back once
+    the others     are read in the host's memory: h times in the look-up, h times for the gradient of their weights, if
+                   they have any there, and once for their step, where h is the hits of a row; and go back once
 
 32 rows share a set, so that some find no place a little before C are there; that is not counted.
 """
@@ -41,13 +41,14 @@ class CacheStep:
     rows: float  # distinct ones
     missed: float  # of them
     places: int  # C
+    weighted: bool  # hits have weights
 
     @classmethod
-    def of(cls, load: Load, world: int, hits: float, share: float) -> CacheStep:
+    def of(cls, load: Load, world: int, hits: float, share: float, weighted: bool) -> CacheStep:
         """Of one of `world` owners, which looks up so many hits, with a cache for this share of its rows."""
         places = WAYS * cache_sets(-(-load.slots // world), share)
         rows, missed = load.rows(world) / world, load.missed_rows(world, world * places) / world
-        return cls(hits, rows, missed, places)
+        return cls(hits, rows, missed, places, weighted)
 
     @property
     def _placed(self) -> float:
@@ -57,7 +58,7 @@ class CacheStep:
     def arriving(self) -> float:
         """Rows that come from the host."""
         without = self.missed - self._placed
-        return self._placed + without * (2 * self.hits / self.rows + 1)
+        return self._placed + without * ((1 + self.weighted) * self.hits / self.rows + 1)
 
     @property
     def leaving(self) -> float:

@@ -95,7 +95,9 @@ class Load:
         _check(slots, hits)
         of_slots_X, of_hits_X = hit_curve(usage)
         # points that fall on the same slot of a smaller table become one
-        edge_B1, place_X = (of_slots_X * slots).round().to(torch.int64).unique(return_inverse=True)
+        edge_X = (of_slots_X * slots).round().to(torch.int64)
+        edge_X[-1] = max(int(edge_X[-1]), hits)  # distinct slots of a bag
+        edge_B1, place_X = edge_X.unique(return_inverse=True)
         hits_B1 = torch.zeros(len(edge_B1), dtype=torch.float64).scatter_reduce(0, place_X, of_hits_X, "amax")
         hits_B1[0], slots_B = 0, edge_B1.diff()
         return cls(slots, (bags,), hits, _at_most_once(hits * hits_B1.diff() / slots_B, slots_B, hits), slots_B)
@@ -261,8 +263,8 @@ def expected_bytes(
             send("forward", "hits", others * m * load.hits * (row + weight))
             send("forward", "pooled", others * m * value)
             send("backward", "pooled_gradient", others * m * value)
-            send("backward", "squares", squares)  # of a rank's columns to who adds them up,
-            send("backward", "squares", squares)  # and the sums back
+            send("backward", "squares", squares, once=True)  # of a rank's columns to who adds them up,
+            send("backward", "squares", squares, once=True)  # and the sums back
             send("backward", "hits_gradient", others * m * load.hits * 4)
         case "replicated":
             send("backward", "table_gradient", load.slots * away * value, once=True)

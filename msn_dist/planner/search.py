@@ -181,7 +181,7 @@ class Search:
             raise InputError("no strategy can serve this memory: " + "; ".join(reasons.values()))
         possible = [strategy for strategy, reason in reasons.items() if reason is None]
         if world == 1:  # all strategies are one, and nothing travels
-            possible, wires = [memory.strategy], [memory.wire]
+            possible, wires = ["row_pooled"], [memory.wire]
         else:
             wires = _WIRES[_WIRES.index(memory.wire) :] if self._rounding else [memory.wire]
         for strategy in possible:
@@ -238,7 +238,7 @@ def _why_not(situation: Situation, strategy: str) -> str | None:
         return "two_level needs several nodes of several ranks"  # else its bytes are row_pooled's, one after the other
     if strategy == "column" and -(-dim // world) * (world - 1) >= dim:
         return f"column: values of width {dim} leave a rank of {world} without columns"
-    if strategy != "column" and -(-slots // world) * (world - 1) >= slots:
+    if -(-slots // world) * (world - 1) >= slots:
         return f"{strategy}: {slots} slots leave a rank of {world} without rows"
     return None
 

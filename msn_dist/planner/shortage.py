@@ -81,7 +81,7 @@ def _changes(situation: Situation, traces: dict[str, StepTrace], say: Say) -> It
             say(f"trying {name}")
             try:
                 found = Search(changed, traces, rounding=False).fastest()
-            except (NoRoom, InputError):
+            except NoRoom:
                 return None
             return None if to_the_host and found and found.layout.tier != "host" else found
 
@@ -92,11 +92,16 @@ def _changes(situation: Situation, traces: dict[str, StepTrace], say: Say) -> It
 
 
 def _least(changes: list[Change], fitting: Callable[[Change], Priced | None]) -> tuple[Change, Priced] | None:
-    """The first of ever larger changes that fits, and how: where one fits, all after it do."""
+    """The first of ever larger changes that fits, and how: where one fits, all after it do that are possible at all."""
     first, end, least = 0, len(changes), None
     while first < end:
         middle = (first + end) // 2
-        if (found := fitting(changes[middle])) is not None:
+        try:
+            found = fitting(changes[middle])
+        except InputError:  # too large a change, such as ranks without a row
+            end = middle
+            continue
+        if found is not None:
             end, least = middle, (changes[middle], found)
         else:
             first = middle + 1
@@ -144,7 +149,7 @@ def _fewer_slots(situation: Situation) -> Iterator[Change]:
     sub_keys = situation.memory.sub_keys
     for _ in range(_MOST_HALVINGS):
         sub_keys //= 2
-        if sub_keys < situation.memory.top_k:
+        if sub_keys < max(2, situation.memory.top_k):
             return
         yield f"memory.sub_keys={sub_keys}", _with_memory(situation, sub_keys=sub_keys)
 

@@ -75,6 +75,16 @@ class Situation:
                 f"topology has {topology.ranks_per_node} on a node, which share its cores; "
                 f"run msn calibrate --nproc {topology.ranks_per_node}"
             )
+        if (
+            topology.ranks_per_node > 1
+            and topology.inside_node is None
+            and self.machine.all_to_all.source == "estimated"
+        ):
+            raise InputError(
+                f"the profile of {self.machine.name} was measured with one rank, which sends nothing, and the topology "
+                f"has {topology.ranks_per_node} on a node; give inside_node in the topology, or run "
+                f"msn calibrate --nproc {topology.ranks_per_node}"
+            )
 
     def _require_back_ends(self) -> None:
         """InputError for what a run on these devices would refuse."""
@@ -153,7 +163,7 @@ class Situation:
         row = self.dim * VALUE_DTYPES[value_dtype or self.memory.value_dtype].itemsize
         rows = self.slots // self.topology.world
         values = rows * row
-        if self.why_no_host_tier() is None:
+        if self.why_no_host_tier(strategy="row_pooled", value_dtype=value_dtype or self.memory.value_dtype) is None:
             values = min(values, cache_bytes(rows, row, self.memory.cache))
         return self.memories * (values + rows * state_bytes(self.optimizer, self.dim))
 

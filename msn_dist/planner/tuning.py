@@ -52,13 +52,13 @@ class Tuned:
 def tune(situation: Situation, most_seconds: float | None, rounding: bool, say: Callable[[str], None]) -> list[Tuned]:
     """The Pareto set of what fits, the largest memory first; values of 16 bits only with `rounding`.
 
-    InputError without a memory.
+    InputError without a memory, or if no candidate is possible.
     """
     if situation.memory is None:
         raise InputError("--tune sweeps the sizes of a memory, and this config has none; add a memory section")
     traces: dict[str, StepTrace] = {}
     placed: dict[tuple[int, int], IdPlan] = {}
-    found = []
+    found, priced_any, refused = [], False, None
     for number, candidate in enumerate(_candidates(situation, rounding), 1):
         say(f"candidate {number}, {len(found)} fit")
         if candidate.least_table_bytes() > candidate.topology.device_bytes:
@@ -70,12 +70,16 @@ def tune(situation: Situation, most_seconds: float | None, rounding: bool, say: 
             if priced is None and where in placed:  # in the room that another candidate left them
                 search = Search(candidate, traces, rounding=False)
                 priced = search.fastest()
-        except (NoRoom, InputError):
+        except (NoRoom, InputError) as error:
+            refused = error
             continue
+        priced_any = True
         if search.ids.tables:  # not the one of a search in which nothing fits
             placed[where] = search.ids
         if priced is not None and (most_seconds is None or priced.time.seconds <= most_seconds):
             found.append(Tuned(candidate, priced))
+    if not priced_any and isinstance(refused, InputError):
+        raise refused
     best = [one for one in found if not any(other.beats(one) for other in found)]
     return sorted(best, key=lambda one: (-one.parameters, one.rank_seconds))
 
