@@ -52,6 +52,7 @@ def calibrate(output: Path, device: str) -> None:
             machine = measure(*groups, versions(), partial(tiny_step, ranks), say)
             link = link_between_nodes(*groups) if several else None
         if ranks.rank == 0:
+            output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(machine.model_dump_json(indent=1) + "\n", encoding="utf-8")
             from msn_dist.planner.explain import explain_machine
 
@@ -69,12 +70,10 @@ def _require_writable(output: Path, what: str, of_all: str) -> None:
 
     Nothing has been measured or planned then, and nothing is left behind.
     """
-    folder = output.resolve().parent
     if output.is_dir():
         raise InputError(f"--output {output}: is a folder; name a file in it")
-    if not folder.is_dir():
-        raise InputError(f"--output {output}: there is no folder {folder}; make it, or name another file")
-    if not os.access(output if output.exists() else folder, os.W_OK):
+    there = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
+    if not os.access(there, os.W_OK) or (there.is_file() and there != output.resolve()):
         raise InputError(f"--output {output}: cannot be written; name another file")
     if output.is_file() and (text := output.read_bytes()):
         try:
@@ -159,9 +158,15 @@ def plan(
         return 3
     console.print(explain.explain(found))
     if most_ms is not None and 1e3 * found.seconds > most_ms:
-        print(f"a step takes {1e3 * found.seconds:.1f} ms, more than --max-ms {most_ms:g}", file=sys.stderr)
+        unwritten = "" if output is None else f", so {output} is not written"
+        print(
+            f"a step takes {1e3 * found.seconds:.1f} ms, more than --max-ms {most_ms:g}{unwritten}; "
+            "--tune --max-ms tells which sizes do not",
+            file=sys.stderr,
+        )
         return 3
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_plan(found, output)
         command = _training(config_path, overrides, output, found.world_size, found.ranks_per_node)
         console.print(f"written to {output}: {command}", soft_wrap=True)

@@ -179,7 +179,8 @@ def test_where_the_device_has_room_it_wins_and_the_host_tier_is_told_of() -> Non
     assert found.memory.tier == "device" and not found.host_storage
     (host,) = [rival for rival in found.rivals if rival.memory.tier == "host"]
     assert host.seconds > found.seconds and host.bytes < max(found.bytes_W)
-    assert found.reason == f"one rank holds all, so all strategies are the same; it fits; host tier: {host.why}"
+    why = host.why.replace(", not", " ms, not")
+    assert found.reason == f"one rank holds all, so all strategies are the same; it fits; host tier: {why}"
     assert host.why.startswith("+") and ARRIVING in host.why
 
 
@@ -233,15 +234,15 @@ def test_the_host_tier_is_offered_where_the_topology_or_the_config_left_it_out()
     first, _, *changes = lines_of(planned(situation(1, 1, **LARGE)))
     assert "host" not in first
     (offered,) = [line for line in changes if "tier" in line]
-    change, sizes = offered.strip().split("  ", 1)
+    sizes, change = offered.strip().split("  ", 1)
     assert change == "memory.tier=host, host_gib in the topology"
     chosen = planned(with_host(situation(1, 1, **LARGE), host_gib=1e4))
     on_host = sum(sum(bytes_W) for bytes_W in chosen.host_storage.values())
-    assert sizes.strip() == f"{binary(max(chosen.bytes_W))}, host {binary(on_host)}"
+    assert sizes == f"{binary(max(chosen.bytes_W))}, host {binary(on_host)}"
     settings = {"value_dtype": "bf16", "lookup": "triton", "chunks": 2}
     _, _, *changes = lines_of(planned(with_host(situation(1, 1, **LARGE | {"value_dim": 128} | settings))))
-    offer = "  memory.tier=host memory.lookup=auto memory.value_dtype=fp16 memory.chunks=1  "
-    assert any(line.startswith(offer) for line in changes)
+    offer = "  memory.tier=host memory.lookup=auto memory.value_dtype=fp16 memory.chunks=1"
+    assert any(line.endswith(offer) for line in changes)
 
 
 def test_it_is_said_when_host_memory_is_what_is_short() -> None:

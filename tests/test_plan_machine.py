@@ -111,7 +111,7 @@ def test_rows_at_home_are_cheaper_by_the_kernels_and_cheapest_where_nothing_is_s
         ("between_nodes: {bandwidth_gb_s: 0, latency_us: 5}", "between_nodes.bandwidth_gb_s.*0.001, found 0"),
         ("nodes: 2", "between_nodes is missing"),
         ("gpus: 8", "gpus"),
-        ("machine: b300", "b300: is no built-in profile"),
+        ("machine: b300", "b300, as the topology says, is no built-in profile"),
         ("device_gib: .inf", "device_gib.*finite"),
     ],
 )

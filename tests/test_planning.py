@@ -71,7 +71,8 @@ SCENARIOS = {
     "one node": (situation(1, 8), "row_pooled"),
     "eight nodes": (situation(8, 8, zipf=1.05), "row_gather_unique"),
     "32 nodes": (situation(32, 8, sub_keys=65_536), "row_pooled_sparse"),
-    "64 nodes": (situation(64, 8, sub_keys=65_536), "row_gather"),
+    "64 nodes": (situation(64, 8, sub_keys=65_536), "row_pooled_sparse"),
+    "256 nodes": (situation(256, 8, sub_keys=65_536), "row_gather"),
 }
 
 
@@ -231,7 +232,7 @@ def test_on_one_rank_every_strategy_is_planned_as_the_same() -> None:
     priced = [next(one for one in search.priced() if search.exact(one.layout)) for search in searches]
     assert {one.layout.lookup for one in priced} == {"triton"}
     assert len({one.time.device for one in priced}) == len({one.fullest for one in priced}) == 1
-    curves = searches[0].seconds_over_ranks("device")
+    curves = searches[0].seconds_over_ranks("device", searches[0].ids)
     assert len({tuple(curve[0]) for curve in curves.values()}) == 1
 
 
@@ -334,3 +335,15 @@ def test_ids_of_histories_that_are_only_added_up_are_held_too(ranks: int) -> Non
         here = replace(situation(1, ranks), schema=SCHEMA.model_copy(update={"histories": history}))
         held.append(Search(here).priced()[0].storage_W[0].activations)
     assert held[1] - held[0] >= 8 * 1024 * 1000 * (1 + (ranks > 1))
+
+
+def test_more_memory_never_makes_a_step_longer() -> None:
+    """Id tables lie beside what is chosen, and not beside what needs least."""
+    times, strategies = [], []
+    for gib in (0.4, 0.56, 0.6, 0.64, 0.68, 0.8, 0.92, 1.2):
+        found = Search(situation(8, 8, sub_keys=4096, gib=gib)).fastest()
+        times.append((found.time.seconds, found.time.device))
+        strategies.append(found.layout.strategy)
+        assert found.fullest <= gib * 2**30
+    assert times == sorted(times, reverse=True) and len(set(times)) > 3
+    assert strategies == ["row_pooled_sparse"] * 2 + ["two_level"] * 6

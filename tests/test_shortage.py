@@ -17,7 +17,7 @@ def test_what_does_not_fit_is_explained_with_changes_that_do() -> None:
     assert isinstance(found, Infeasible)
     lines = str(found).splitlines()
     assert "rank 0 lacks" in lines[0] and "GiB" in lines[0]
-    changes = [line.split()[0] for line in lines[2:]]
+    changes = [line.split("iB  ")[-1].split()[0] for line in lines[2:]]
     assert {"memory.sub_keys=32768", "memory.value_dim=16", "data.batch_size=32768,"} <= set(changes)
     for change in ("sub_keys", "value_dim"):
         value = int(next(line for line in changes if change in line).split("=")[1])
@@ -32,7 +32,7 @@ def test_where_no_single_change_would_do_several_at_once_are_told() -> None:
     here = situation(1, 1, gib=0.3, rows=65_536, sub_keys=16_384)
     found = plan(replace(here, schema=SMALL), rounding=False, date="2026-01-01")
     *_, several = str(found).splitlines()
-    changes = dict(change.split("=") for change in several.split()[:3])
+    changes = dict(change.split("=") for change in several.split("iB  ")[1].split())
     assert list(changes) == ["memory.value_dtype", "memory.sub_keys", "data.batch_size"]
     memory = {"sub_keys": int(changes["memory.sub_keys"]), "value_dtype": changes["memory.value_dtype"]}
     smaller = situation(1, 1, gib=0.3, rows=int(changes["data.batch_size"]), **memory)
@@ -68,3 +68,12 @@ def test_more_nodes_are_tried_up_to_where_a_table_has_too_few_rows() -> None:
     found = plan(here, rounding=False, date="2026-01-01")
     assert isinstance(found, Infeasible)
     assert "nodes: 16 in the topology" in str(found)
+
+
+def test_changes_that_are_told_have_none_of_the_others_in_them() -> None:
+    here = situation(1, 8, gib=40, rows=4096, sub_keys=65_536, value_dim=256)
+    alone = replace(here, topology=here.topology.model_copy(update={"between_nodes": None}))
+    lines = str(plan(alone, rounding=False, date="2026-01-01")).splitlines()[2:]
+    changes = [frozenset(line.split("iB  ")[-1].split()) for line in lines]
+    assert len(changes) >= 3
+    assert not any(one < other for one in changes for other in changes)

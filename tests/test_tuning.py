@@ -18,9 +18,11 @@ from msn_dist.planner.tuning import tune
 def test_tuning_keeps_only_what_nothing_else_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"sub_keys": (1, 2), "top_k": (0.5, 1), "value_dim": (1,), "rows": (1, 2), "nodes": (1, 2)}
     monkeypatch.setattr(tuning, "_SCALES", few)
-    found = tune(situation(1, 2, rows=64, sub_keys=128), most_seconds=None, rounding=True, say=lambda line: None)
-    assert len(found) > 3
+    found = tune(situation(1, 2, rows=32_768, sub_keys=128), most_seconds=None, rounding=True, say=lambda line: None)
+    assert len(found) == 2  # of k, as more slots take no more time
     assert not any(one.beats(other) for one in found for other in found)
+    waiting = tune(situation(1, 2, rows=64, sub_keys=128), most_seconds=None, rounding=True, say=lambda line: None)
+    assert {one.situation.topology.nodes for one in waiting} == {1}, "all wait for the host: more nodes are no faster"
     sizes = [one.parameters for one in found]
     assert sizes == sorted(sizes, reverse=True)
     assert not tune(situation(1, 2, rows=64, sub_keys=128), most_seconds=1e-9, rounding=False, say=lambda line: None)

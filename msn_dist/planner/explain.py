@@ -22,8 +22,10 @@ def explain(plan: PlanFile) -> RenderableType:
     parts.append(side_by_side)
     if plan.rivals:
         parts += [Text(), _rivals(plan)]
-        if any(rival.rounds for rival in plan.rivals):
-            parts.append(Text("What names a wire or values rounds more than the config: --round allows it."))
+        exact = [rival.memory for rival in plan.rivals if not rival.rounds]
+        as_config = all((m.wire, m.value_dtype) == (plan.memory.wire, plan.memory.value_dtype) for m in exact)
+        if as_config and any(rival.rounds for rival in plan.rivals):
+            parts.append(Text("Other values, or another wire, round more than the config: --round allows it."))
     return Group(*parts)
 
 
@@ -84,27 +86,25 @@ def _time(plan: PlanFile) -> Table:
 
 
 def _rivals(plan: PlanFile) -> Table:
-    table = Table(title="not chosen", title_justify="left", box=None, pad_edge=False)
-    table.add_column("memory")
+    """What they store and send is told of those that differ in it from the plan."""
+    table = Table(title="not chosen", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     unit, size = ("GiB", _GIB) if max(plan.bytes_W) >= _GIB else ("MiB", _MIB)
-    for name in ("ms", unit):
-        table.add_column(name, justify="right")
-    table.add_column("step; most of it in (ms)")
+    differing = [name for name in ("values", "wire") if any(_other(rival, plan, name) for rival in plan.rivals)]
+    for name in ("memory", *differing, "ms", unit, "step; most of it in (ms)"):
+        table.add_column(name, justify="right" if name in ("ms", unit) else "left")
     for rival in sorted(plan.rivals, key=lambda rival: rival.rounds):
-        table.add_row(_name(rival, plan), f"{1e3 * rival.seconds:.2f}", _short(rival.bytes / size), rival.why)
+        tier = f" {rival.memory.tier} tier" if rival.memory.tier != plan.memory.tier else ""
+        others = [_other(rival, plan, name) for name in differing]
+        times = f"{1e3 * rival.seconds:.2f}", _short(rival.bytes / size)
+        table.add_row(rival.memory.layout + tier, *others, *times, rival.why)
     return table
 
 
-def _name(rival: Rival, plan: PlanFile) -> str:
-    """Its strategy with its groups, and what else is not as in the plan."""
-    parts = [rival.memory.layout]
-    if rival.memory.tier != plan.memory.tier:
-        parts.append(f"{rival.memory.tier} tier")
-    if rival.memory.wire != plan.memory.wire:
-        parts.append(rival.memory.wire)
-    if rival.memory.value_dtype != plan.memory.value_dtype:
-        parts.append(rival.memory.value_dtype)
-    return " ".join(parts)
+def _other(rival: Rival, plan: PlanFile, name: str) -> str:
+    """Its dtype of `values` or `wire` where that is not the plan's."""
+    field = {"values": "value_dtype", "wire": "wire"}[name]
+    theirs = getattr(rival.memory, field)
+    return "" if theirs == getattr(plan.memory, field) else theirs
 
 
 def _short(number: float) -> str:

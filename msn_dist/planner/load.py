@@ -100,7 +100,9 @@ class Load:
         edge_B1, place_X = edge_X.unique(return_inverse=True)
         hits_B1 = torch.zeros(len(edge_B1), dtype=torch.float64).scatter_reduce(0, place_X, of_hits_X, "amax")
         hits_B1[0], slots_B = 0, edge_B1.diff()
-        return cls(slots, (bags,), hits, _at_most_once(hits * hits_B1.diff() / slots_B, slots_B, hits), slots_B)
+        read_B, order_B = (hits * hits_B1.diff() / slots_B).sort(descending=True, stable=True)
+        slots_B = slots_B[order_B]  # a curve need not begin with the most used
+        return cls(slots, (bags,), hits, _at_most_once(read_B, slots_B, hits), slots_B)
 
     def in_chunks(self, bags: tuple[int, ...]) -> Load:
         """The same with the batch cut into chunks of so many bags."""

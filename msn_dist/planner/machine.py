@@ -186,7 +186,7 @@ def load_machine(name: str, near: Path | None = None) -> Machine:
         path = near / path
     if not path.is_file():
         raise InputError(
-            f"machine: {name}: is no built-in profile ({', '.join(BUILT_IN)}) and no file; "
+            f"machine: {name}, as the topology says, is no built-in profile ({', '.join(BUILT_IN)}) and no file; "
             "`msn calibrate` writes one of this machine"
         )
     tree = read_yaml(path)

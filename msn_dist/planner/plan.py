@@ -110,7 +110,18 @@ def make_plan(
         sharding.plan[path] = construct_module_sharding_plan(
             module, {table: choice[table] for table in parameters}, sharder, local_size, world_size, device_type
         )
+    _require_all_known(id_tables or {}, tables)
     return Plan(world_size, tables, sharding)
+
+
+def _require_all_known(id_tables: Mapping[str, Mapping[str, PlannedTable]], tables: Sequence[TableShards]) -> None:
+    """InputError if a plan has id tables that the model lacks."""
+    here = {(table.module, table.table) for table in tables}
+    unknown = [f"{name!r} in {path}" for path, names in id_tables.items() for name in names if (path, name) not in here]
+    if unknown:
+        raise InputError(
+            f"the plan has table {unknown[0]}, which the model lacks; plan again with this data set's schema"
+        )
 
 
 def _by_rows(

@@ -52,7 +52,7 @@ def plan(situation: Situation, rounding: bool, date: str, say: Say = lambda line
         ranks_per_node=topology.ranks_per_node,
         settings=settings_of(situation.config, situation.schema),
         memory=None if situation.memory is None else _memory(chosen),
-        id_tables=_id_tables(search),
+        id_tables=_id_tables(chosen),
         capacity=topology.device_bytes,
         storage=_kinds([storage.kinds for storage in chosen.storage_W]),
         host_capacity=topology.host_bytes,
@@ -75,7 +75,7 @@ def plan(situation: Situation, rounding: bool, date: str, say: Say = lambda line
             )
             for one in (rivals if situation.memory else ())
         ],
-        seconds_over_ranks=search.seconds_over_ranks(layout.tier),
+        seconds_over_ranks=search.seconds_over_ranks(layout.tier, chosen.ids),
     )
 
 
@@ -97,9 +97,9 @@ def _memory(priced: Priced) -> PlannedMemory:
     )
 
 
-def _id_tables(search: Search) -> dict[str, dict[str, PlannedTable]]:
+def _id_tables(chosen: Priced) -> dict[str, dict[str, PlannedTable]]:
     placed: dict[str, dict[str, PlannedTable]] = {}
-    for table in search.ids.tables:
+    for table in chosen.ids.tables:
         whole = table.sharding == "table_wise"
         rank = table.rows_per_rank.index(max(table.rows_per_rank)) if whole else None
         placed.setdefault(table.module, {})[table.table] = PlannedTable(sharding=table.sharding, rank=rank)
@@ -142,15 +142,20 @@ def _why_no_nodes(chosen: Priced, search: Search) -> str:
     """What two_level would take in groups of a node; nothing if these are what it has."""
     if chosen.layout.group_ranks is None:
         return ""
-    in_nodes = search.time(replace(chosen.layout, group_ranks=None))
-    return f"; in groups of a node: {_slower(in_nodes, chosen.time)}"
+    in_nodes = search.time(replace(chosen.layout, group_ranks=None), chosen.ids)
+    return f"; in groups of a node: {_slower(in_nodes, chosen.time, ' ms')}"
 
 
 def _next_best(one: Priced, chosen: Priced) -> str:
     name = str(one.layout)
+    for what, theirs, ours in (
+        ("values", one.layout.value_dtype, chosen.layout.value_dtype),
+        ("wire", one.layout.wire, chosen.layout.wire),
+    ):
+        name += f" with {what} {theirs}" if theirs != ours else ""
     if one.layout.tier != chosen.layout.tier:
         name = f"{one.layout.tier} tier" if name == str(chosen.layout) else f"{one.layout.tier} tier, {name}"
-    return f"{name}: {_slower(one.time, chosen.time)}"
+    return f"{name}: {_slower(one.time, chosen.time, ' ms')}"
 
 
 def _lacking(one: Priced) -> str:
@@ -158,10 +163,10 @@ def _lacking(one: Priced) -> str:
     return f"lacks {binary(one.short_of_host)} of host memory" if one.short_of_host else f"lacks {binary(one.short)}"
 
 
-def _slower(one: StepTime, chosen: StepTime) -> str:
-    """By how much, and in which phase most of it is."""
+def _slower(one: StepTime, chosen: StepTime, unit: str = "") -> str:
+    """By how much, and in which phase most of it is, in milliseconds."""
     if all(time.seconds == time.host for time in (one, chosen)):
-        return f"as fast, the host is slower: device {1e3 * one.device:.3g}, not {1e3 * chosen.device:.3g}"
+        return f"as fast, by the host; device {1e3 * one.device:.3g}{unit}, not {1e3 * chosen.device:.3g}"
     share = one.seconds / chosen.seconds - 1
     theirs, ours = (
         {phase.name: phase.exposed for phase in time.phases if phase.name != WAITING} for time in (one, chosen)
@@ -169,4 +174,4 @@ def _slower(one: StepTime, chosen: StepTime) -> str:
     sign = 1 if share >= 0 else -1
     most = max(theirs, key=lambda name: sign * (theirs[name] - ours[name]))
     percent = f"{share:+.1%}" if abs(share) < 0.1 else f"{share:+.0%}"
-    return f"{percent}; {most} {1e3 * theirs[most]:.3g}, not {1e3 * ours[most]:.3g}"
+    return f"{percent}; {most} {1e3 * theirs[most]:.3g}{unit}, not {1e3 * ours[most]:.3g}"

@@ -38,6 +38,7 @@ class Priced:
 
     layout: Layout
     time: StepTime
+    ids: IdPlan
     storage_W: list[Storage]  # of each rank
     capacity: int  # bytes that a rank may fill of its device
     host_capacity: int  # and of its host
@@ -91,25 +92,39 @@ class Search:
         """Those that fit by time, then the others by what they lack.
 
         Of layouts that round more than the config, the fastest few; if none of all these fits, the fastest that does.
+        Id tables lie where they do beside the layout that needs least; beside what is faster than all that fits so, and
+        does not, they are placed anew.
         """
         exact = min(self._times[layout].seconds for layout in self._by_time if self.exact(layout))
         faster = [layout for layout in self._by_time if self._times[layout].seconds < _WORTH * exact]
         rounding = [layout for layout in faster if not self.exact(layout) and self._may_fit(layout)][:_ROUNDING]
-        priced = [self._price(layout) for layout in self._by_time if layout in rounding or self.exact(layout)]
+        priced, fits = [], False
+        for layout in self._by_time:
+            if layout in rounding or self.exact(layout):
+                one = self._price(layout)
+                fits = fits or (not one.short and self.exact(layout))
+                priced.append(one if fits else self._with_ids_of_its_own(one))
         if all(one.short for one in priced):
             left = [one for one in self._by_time if one not in rounding and not self.exact(one) and self._may_fit(one)]
             others = map(self._price, left)
             priced += [one for one in others if not one.short][:1]
-        return sorted(priced, key=lambda one: one.short)
+        return sorted(priced, key=lambda one: (one.short, *_order(one)))
 
     def fastest(self) -> Priced | None:
-        """The first as exact as the config that fits."""
-        priced = (self._price(layout) for layout in self._by_time if self.exact(layout))
-        return next((one for one in priced if not one.short), None)
+        """Of those as exact as the config that fit."""
+        fitting = []
+        for layout in filter(self.exact, self._by_time):
+            one = self._price(layout)
+            if not one.short:
+                fitting.append(one)
+                break
+            one = self._with_ids_of_its_own(one)
+            fitting += [] if one.short else [one]
+        return min(fitting, key=_order, default=None)
 
-    def time(self, layout: Layout) -> StepTime:
+    def time(self, layout: Layout, ids: IdPlan | None = None) -> StepTime:
         """Of one of `layouts`, or of two_level in groups of another size."""
-        return step_time(self.situation, layout, self._model, self.ids.seconds)
+        return step_time(self.situation, layout, self._model, (ids or self.ids).seconds)
 
     def _placed_ids(self) -> IdPlan:
         """Beside a layout on the device, else one that leaves more room: in the other tier, or one that rounds more.
@@ -143,17 +158,29 @@ class Search:
         """Whether its tables alone do: how much a step needs beside them can take seconds to find out."""
         return self.situation.least_table_bytes(layout.value_dtype) <= self.situation.topology.device_bytes
 
-    def _price(self, layout: Layout) -> Priced:
-        storage_W = self._storage_W(layout, self.ids.tables)
+    def _price(self, layout: Layout, ids: IdPlan | None = None) -> Priced:
+        time = self._times[layout] if ids is None else self.time(layout, ids)
+        ids = ids or self.ids
+        storage_W = self._storage_W(layout, ids.tables)
         topology = self.situation.topology
-        return Priced(layout, self._times[layout], storage_W, topology.device_bytes, topology.host_bytes)
+        return Priced(layout, time, ids, storage_W, topology.device_bytes, topology.host_bytes)
+
+    def _with_ids_of_its_own(self, one: Priced) -> Priced:
+        """With id tables in the room beside it, if that is what it lacks; else as it is."""
+        without = max(storage.total for storage in self._storage_W(one.layout, []))
+        if not one.short or one.short_of_host or without > one.capacity:
+            return one
+        try:
+            return self._price(one.layout, place_ids(self.situation, without))
+        except NoRoom:
+            return one
 
     def exact(self, layout: Layout) -> bool:
         """Whether the numbers are those of the config."""
         memory = self.situation.memory
         return memory is None or (layout.wire, layout.value_dtype) == (memory.wire, memory.value_dtype)
 
-    def seconds_over_ranks(self, tier: str) -> dict[str, list[list[float]]]:
+    def seconds_over_ranks(self, tier: str, ids: IdPlan) -> dict[str, list[list[float]]]:
         """{strategy: [[ranks, seconds a step], ...]} on more and fewer nodes, with as many rows a rank.
 
         The id tables are taken to cost what they do on the planned ranks.
@@ -169,7 +196,7 @@ class Search:
                 if _why_not(there, strategy) is None and tier in _tiers(there, strategy, memory.value_dtype):
                     layout = there.layout(strategy, memory.wire, memory.value_dtype, tier)
                     layout = in_best_groups(there, layout, self._model)
-                    seconds = step_time(there, layout, self._model, self.ids.seconds).seconds
+                    seconds = step_time(there, layout, self._model, ids.seconds).seconds
                     curves.setdefault(strategy, []).append([topology.world, seconds])
         return curves
 
@@ -202,6 +229,11 @@ class Search:
             )
         with _possible_sizes(situation):
             return rank_storage(situation.config, situation.schema, layout, self.trace, tables, distinct)
+
+
+def _order(one: Priced) -> tuple[float, float]:
+    """Where the host is what is waited for, the device decides."""
+    return one.time.seconds, one.time.device
 
 
 def value_dtypes(memory: MemoryConfig) -> tuple[str, ...]:

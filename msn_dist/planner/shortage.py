@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
+from typing import Any
 
 from msn_dist.config import MOST_ROWS
 from msn_dist.errors import InputError
@@ -15,10 +16,19 @@ from msn_dist.planner.situation import Situation
 from msn_dist.units import binary
 
 _MOST_HALVINGS = 12
-_ENOUGH = 3  # changes that fit; with fewer, two at once are tried
+_ENOUGH = 3  # kinds of change that fit
 _ANY_GIB = 1e6  # of host memory
 Say = Callable[[str], None]
-Change = tuple[str, Situation]  # what to change, and what is planned for then
+Settings = dict[str, Any]  # of the config, by key
+
+
+@dataclass(frozen=True)
+class Change:
+    """What to change: settings of the config, or of the topology, and what is planned for then."""
+
+    name: str
+    settings: Settings
+    situation: Situation
 
 
 def lack_of_all(situation: Situation, priced: list[Priced], search: Search) -> str:
@@ -58,8 +68,8 @@ def explained(situation: Situation, lack: str, traces: dict[str, StepTrace], say
     fitting = list(_changes(situation, traces, say))
     if fitting:
         lines.append("Each of these would fit, with so much on the fullest rank:")
-        width = max(len(change) for change, _ in fitting)
-        lines += [f"  {change:{width}}  {size}" for change, size in fitting]
+        width = max(len(size) for _, size in fitting)
+        lines += [f"  {size:{width}}  {change}" for change, size in fitting]
     else:
         more = ", nor up to 32 times the nodes" if _has_link_between_nodes(situation) else ""
         lines.append(f"No halving of slots, width, batch or bits would fit{more}.")
@@ -67,28 +77,47 @@ def explained(situation: Situation, lack: str, traces: dict[str, StepTrace], say
 
 
 def _changes(situation: Situation, traces: dict[str, StepTrace], say: Say) -> Iterator[tuple[str, str]]:
-    """(what to change, bytes of the fullest rank then): of each kind the smallest change that fits."""
-    one_thing = _to_the_host, _narrower, _fewer_slots, _narrower_values, _smaller_batch, _more_nodes
-    found = 0
-    for changes in (*one_thing, _fewer_slots_of_16_bits, _smaller_in_all):
-        if changes not in one_thing and found >= _ENOUGH:
-            return
+    """(what to change, bytes of the fullest rank then): of each kind the smallest change that fits.
 
-        def fitting(change: tuple[str, Situation], to_the_host: bool = changes is _to_the_host) -> Priced | None:
-            name, changed = change
-            if changed.least_table_bytes() > changed.topology.device_bytes:
-                return None
-            say(f"trying {name}")
-            try:
-                found = Search(changed, traces, rounding=False).fastest()
-            except NoRoom:
-                return None
-            return None if to_the_host and found and found.layout.tier != "host" else found
+    Several settings at once only if fewer than three kinds of change do, and none that one of these has in it.
+    """
+    found: list[Settings] = []
+    for changes in _kinds(situation, found):
+        least = _least(changes, lambda change: _fitting(change, traces, say))
+        if least is not None:
+            change, priced = least
+            found.append(change.settings)
+            yield change.name, binary(priced.fullest) + (f", host {binary(priced.host)}" if priced.host else "")
 
-        if (least := _least(list(changes(situation)), fitting)) is not None:
-            found += 1
-            (name, _), priced = least
-            yield name, binary(priced.fullest) + (f", host {binary(priced.host)}" if priced.host else "")
+
+def _kinds(situation: Situation, found: Sequence[Settings]) -> Iterator[list[Change]]:
+    """Each from the smallest change to the largest; `found` are those that fit, of the kinds before."""
+    yield list(_to_the_host(situation))
+    for change in (_narrower, _fewer_slots, _narrower_values, _smaller_batch):
+        yield _of_config(situation, (change,), found)
+    yield list(_more_nodes(situation))
+    for several in (
+        (_narrower, _fewer_slots),
+        (_narrower, _narrower_values),
+        (_narrower, _narrower_values, _smaller_batch),
+        (_narrower, _fewer_slots, _smaller_batch),
+    ):
+        if len(found) < _ENOUGH:
+            yield _of_config(situation, several, found)
+
+
+def _fitting(change: Change, traces: dict[str, StepTrace], say: Say) -> Priced | None:
+    """How it fits then; InputError if it cannot be."""
+    changed = change.situation
+    if changed.least_table_bytes() > changed.topology.device_bytes:
+        return None
+    say(f"trying {change.name}")
+    try:
+        found = Search(changed, traces, rounding=False).fastest()
+    except NoRoom:
+        return None
+    to_the_host = "memory.tier" in change.settings
+    return None if to_the_host and found and found.layout.tier != "host" else found
 
 
 def _least(changes: list[Change], fitting: Callable[[Change], Priced | None]) -> tuple[Change, Priced] | None:
@@ -108,9 +137,35 @@ def _least(changes: list[Change], fitting: Callable[[Change], Priced | None]) ->
     return least
 
 
-def _with_memory(situation: Situation, **changes: object) -> Situation:
-    memory = situation.memory.model_copy(update=changes)
-    return situation.with_config(situation.config.model_copy(update={"memory": memory}))
+def _of_config(
+    situation: Situation, kinds: Sequence[Callable[[Situation], Iterator[Settings]]], found: Sequence[Settings]
+) -> list[Change]:
+    """Ever larger changes of so many kinds at once, up to the first that has one in it that is enough by itself."""
+    changes: list[Change] = []
+    for parts in zip(*(kind(situation) for kind in kinds), strict=False):
+        settings = {key: value for part in parts for key, value in part.items()}
+        same = bool(changes) and settings == changes[-1].settings
+        if same or any(_has_in_it(settings, enough) for enough in found):
+            break
+        name = " ".join(f"{key}={value}" for key, value in settings.items())
+        changes.append(Change(name, settings, _with(situation, settings)))
+    return changes
+
+
+def _has_in_it(settings: Settings, other: Settings) -> bool:
+    """Whether it changes all that the other does, and as far; sizes become smaller."""
+    return bool(other) and all(
+        key in settings and (settings[key] == value or (isinstance(value, int) and settings[key] < value))
+        for key, value in other.items()
+    )
+
+
+def _with(situation: Situation, settings: Settings) -> Situation:
+    config = situation.config
+    for key, value in settings.items():
+        section, name = key.split(".")
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+    return situation.with_config(config)
 
 
 def _to_the_host(situation: Situation) -> Iterator[Change]:
@@ -120,30 +175,31 @@ def _to_the_host(situation: Situation) -> Iterator[Change]:
         return
     if situation.optimizer == "rowwise_adam":  # whose state has no cache
         return
-    changes: dict[str, str | int] = {}
+    settings: Settings = {"memory.tier": "host"}
     if memory.lookup in ("reference", "triton"):
-        changes["lookup"] = "auto"
+        settings["memory.lookup"] = "auto"
     if memory.value_dtype == "bf16":
-        changes["value_dtype"] = "fp16"
+        settings["memory.value_dtype"] = "fp16"
     if memory.strategy in ("column", "replicated"):
-        changes["strategy"] = "row_pooled"
+        settings["memory.strategy"] = "row_pooled"
     if memory.chunks > 1:
-        changes["chunks"] = 1
-    with_host = _with_memory(situation, tier="host", **changes)
-    said = " ".join(["memory.tier=host", *(f"memory.{name}={value}" for name, value in changes.items())])
+        settings["memory.chunks"] = 1
+    with_host = _with(situation, settings)
+    said = " ".join(f"{key}={value}" for key, value in settings.items())
     if topology.host_gib is None:
         said += ", host_gib in the topology"
         with_host = replace(with_host, topology=topology.model_copy(update={"host_gib": _ANY_GIB}))
-    yield said, with_host
+    yield Change(said, settings, with_host)
 
 
-def _narrower(situation: Situation) -> Iterator[Change]:
+def _narrower(situation: Situation) -> Iterator[Settings]:
+    """The same however large the change is."""
     memory = situation.memory
-    for dtype in value_dtypes(memory)[1:] if memory is not None else ():
-        yield f"memory.value_dtype={dtype}", _with_memory(situation, value_dtype=dtype)
+    for dtype in value_dtypes(memory)[1:2] if memory is not None else ():
+        yield from repeat({"memory.value_dtype": dtype}, _MOST_HALVINGS)
 
 
-def _fewer_slots(situation: Situation) -> Iterator[Change]:
+def _fewer_slots(situation: Situation) -> Iterator[Settings]:
     if situation.memory is None:
         return
     sub_keys = situation.memory.sub_keys
@@ -151,38 +207,22 @@ def _fewer_slots(situation: Situation) -> Iterator[Change]:
         sub_keys //= 2
         if sub_keys < max(2, situation.memory.top_k):
             return
-        yield f"memory.sub_keys={sub_keys}", _with_memory(situation, sub_keys=sub_keys)
+        yield {"memory.sub_keys": sub_keys}
 
 
-def _narrower_values(situation: Situation) -> Iterator[Change]:
+def _narrower_values(situation: Situation) -> Iterator[Settings]:
     if situation.memory is None:
         return
     dim = situation.dim // 2
     while dim >= 4 and dim % 4 == 0:
-        yield f"memory.value_dim={dim}", _with_memory(situation, value_dim=dim)
+        yield {"memory.value_dim": dim}
         dim //= 2
 
 
-def _fewer_slots_of_16_bits(situation: Situation) -> Iterator[Change]:
-    for bits, narrower in islice(_narrower(situation), 1):
-        for slots, fewer in _fewer_slots(narrower):
-            yield f"{bits} {slots}", fewer
-
-
-def _smaller_in_all(situation: Situation) -> Iterator[Change]:
-    """A fourth of the slots and half of the batch, again and again; of 16 bits."""
-    for bits, narrower in islice(_narrower(situation), 1):
-        for (slots, fewer), (rows, smaller) in zip(_fewer_slots(narrower), _smaller_batch(narrower), strict=False):
-            data = smaller.config.data
-            yield f"{bits} {slots} {rows}", fewer.with_config(fewer.config.model_copy(update={"data": data}))
-
-
-def _smaller_batch(situation: Situation) -> Iterator[Change]:
+def _smaller_batch(situation: Situation) -> Iterator[Settings]:
     batch, chunks = situation.config.data.batch_size // 2, situation.memory.chunks if situation.memory else 1
     while batch >= situation.topology.world * chunks:
-        data = situation.config.data.model_copy(update={"batch_size": batch})
-        config = situation.config.model_copy(update={"data": data})
-        yield f"data.batch_size={batch}", situation.with_config(config)
+        yield {"data.batch_size": batch}
         batch //= 2
 
 
@@ -198,7 +238,7 @@ def _more_nodes(situation: Situation) -> Iterator[Change]:
         data = situation.config.data.model_copy(update={"batch_size": factor * situation.config.data.batch_size})
         config = situation.config.model_copy(update={"data": data})
         there = replace(situation, config=config, topology=larger)
-        yield f"data.batch_size={data.batch_size}, nodes: {larger.nodes} in the topology", there
+        yield Change(f"data.batch_size={data.batch_size}, nodes: {larger.nodes} in the topology", {}, there)
 
 
 def _has_link_between_nodes(situation: Situation) -> bool:

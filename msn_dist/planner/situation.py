@@ -67,7 +67,10 @@ class Situation:
     def __post_init__(self) -> None:
         topology, batch = self.topology, self.config.data.batch_size
         if batch < topology.world:
-            raise InputError(f"data.batch_size={batch} leaves some of {topology.world} ranks without a row; raise it")
+            raise InputError(
+                f"data.batch_size={batch} leaves some of the topology's {topology.world} ranks without a row; raise "
+                "it, or take fewer ranks"
+            )
         self._require_back_ends()
         if self.machine.kind == "cpu" and self.machine.ranks != topology.ranks_per_node:
             raise InputError(

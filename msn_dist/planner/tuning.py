@@ -44,8 +44,9 @@ class Tuned:
         sizes, theirs = ((one.parameters, one.situation.memory.top_k) for one in (self, other))
         if any(mine < size for mine, size in zip(sizes, theirs, strict=True)):
             return False
-        if sizes == theirs:
-            return self.rank_seconds < other.rank_seconds
+        if sizes == theirs:  # of equals the one on fewer ranks
+            (mine, here), (their, there) = ((one.rank_seconds, one.situation.topology.world) for one in (self, other))
+            return (mine, here) < (their, there)
         return self.rank_seconds < _SAME * other.rank_seconds
 
 
@@ -67,9 +68,6 @@ def tune(situation: Situation, most_seconds: float | None, rounding: bool, say: 
         try:
             search = Search(candidate, traces, placed.get(where), rounding=False)
             priced = search.fastest()
-            if priced is None and where in placed:  # in the room that another candidate left them
-                search = Search(candidate, traces, rounding=False)
-                priced = search.fastest()
         except (NoRoom, InputError) as error:
             refused = error
             continue

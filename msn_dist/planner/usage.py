@@ -25,7 +25,7 @@ def read_usage(run: Path) -> dict[str, Any]:
 
 
 def hit_curve(layer: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Shares of the slots, the most used first, and of all hits on them [X], float64; InputError if it has none."""
+    """Shares of the slots, and of all hits on them [X], float64; InputError if it has none."""
     try:
         curve = layer["rank_curve"]
         names = ("share_of_slots", "share_of_hits")
