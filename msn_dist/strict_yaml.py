@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from msn_dist.errors import InputError
 
+_SHORT = 12  # a list of keys that is told whole
+
 
 class Part(BaseModel):
     """Base of every configuration object: unknown keys and loose types are errors.
@@ -34,7 +36,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is no text in UTF-8") from None
     tree = parse_text(text, str(path))
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}")
+        found = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise InputError(f"{path}: expected a mapping of keys to values, found {found}")
     return tree
 
 
@@ -85,8 +88,10 @@ def _explain(kind: type[Part], error: ValidationError, place: str) -> str:
         path = ".".join(str(part) for part in problem["loc"] if part not in kind.union_tags)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(problem["loc"][-1]), _siblings(kind, problem["loc"]), n=1, cutoff=0.5)
-            message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+            known = _siblings(kind, problem["loc"])
+            close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+            others = f"; here may be {', '.join(known)}" if 0 < len(known) <= _SHORT else ""
+            message = "unknown key" + (f"; did you mean {close[0]!r}?" if close else others)
         elif problem["type"] == "missing":
             message = "is required"
         elif problem["type"].startswith("union_tag"):

@@ -92,18 +92,11 @@ class Search:
         """Those that fit by time, then the others by what they lack.
 
         Of layouts that round more than the config, the fastest few; if none of all these fits, the fastest that does.
-        Id tables lie where they do beside the layout that needs least; beside what is faster than all that fits so, and
-        does not, they are placed anew.
         """
         exact = min(self._times[layout].seconds for layout in self._by_time if self.exact(layout))
         faster = [layout for layout in self._by_time if self._times[layout].seconds < _WORTH * exact]
         rounding = [layout for layout in faster if not self.exact(layout) and self._may_fit(layout)][:_ROUNDING]
-        priced, fits = [], False
-        for layout in self._by_time:
-            if layout in rounding or self.exact(layout):
-                one = self._price(layout)
-                fits = fits or (not one.short and self.exact(layout))
-                priced.append(one if fits else self._with_ids_of_its_own(one))
+        priced = [self._price(layout) for layout in self._by_time if layout in rounding or self.exact(layout)]
         if all(one.short for one in priced):
             left = [one for one in self._by_time if one not in rounding and not self.exact(one) and self._may_fit(one)]
             others = map(self._price, left)
@@ -112,14 +105,11 @@ class Search:
 
     def fastest(self) -> Priced | None:
         """Of those as exact as the config that fit."""
-        fitting = []
-        for layout in filter(self.exact, self._by_time):
-            one = self._price(layout)
-            if not one.short:
-                fitting.append(one)
-                break
-            one = self._with_ids_of_its_own(one)
+        fitting: list[Priced] = []
+        for one in map(self._price, filter(self.exact, self._by_time)):
             fitting += [] if one.short else [one]
+            if not one.short and one.ids is self.ids:  # what comes after it is slower
+                break
         return min(fitting, key=_order, default=None)
 
     def time(self, layout: Layout, ids: IdPlan | None = None) -> StepTime:
@@ -158,22 +148,24 @@ class Search:
         """Whether its tables alone do: how much a step needs beside them can take seconds to find out."""
         return self.situation.least_table_bytes(layout.value_dtype) <= self.situation.topology.device_bytes
 
-    def _price(self, layout: Layout, ids: IdPlan | None = None) -> Priced:
-        time = self._times[layout] if ids is None else self.time(layout, ids)
-        ids = ids or self.ids
-        storage_W = self._storage_W(layout, ids.tables)
-        topology = self.situation.topology
-        return Priced(layout, time, ids, storage_W, topology.device_bytes, topology.host_bytes)
-
-    def _with_ids_of_its_own(self, one: Priced) -> Priced:
-        """With id tables in the room beside it, if that is what it lacks; else as it is."""
-        without = max(storage.total for storage in self._storage_W(one.layout, []))
-        if not one.short or one.short_of_host or without > one.capacity:
+    def _price(self, layout: Layout) -> Priced:
+        """Id tables lie as beside the layout that needs least; where that is too much, in the room beside this one."""
+        one = self._priced_with(layout, self.ids)
+        if not one.short or one.short_of_host:
+            return one
+        without = max(storage.total for storage in self._storage_W(layout, []))
+        if without > one.capacity:
             return one
         try:
-            return self._price(one.layout, place_ids(self.situation, without))
+            return self._priced_with(layout, place_ids(self.situation, without))
         except NoRoom:
             return one
+
+    def _priced_with(self, layout: Layout, ids: IdPlan) -> Priced:
+        time = self._times[layout] if ids is self.ids else self.time(layout, ids)
+        topology = self.situation.topology
+        storage_W = self._storage_W(layout, ids.tables)
+        return Priced(layout, time, ids, storage_W, topology.device_bytes, topology.host_bytes)
 
     def exact(self, layout: Layout) -> bool:
         """Whether the numbers are those of the config."""
