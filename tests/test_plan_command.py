@@ -77,7 +77,7 @@ def test_the_command_that_trains_by_a_plan_is_printed_as_it_is_to_be_run(
 ) -> None:
     text = (folder / "topology.yaml").read_text().replace("two ranks", '"two [eu] ranks"')
     (folder / "named.yaml").write_text(text)
-    place = tmp_path / "a plan[1].json"
+    place = tmp_path / "new" / "a plan[1].json"  # in a folder that is made
     assert msn("plan", folder / "config.yaml", "--topology", folder / "named.yaml", "--output", place) == 0
     printed = capsys.readouterr().out
     assert "two [eu] ranks" in printed
@@ -133,6 +133,7 @@ def test_a_run_tells_how_its_steps_compare_with_the_plan(run: tuple[str, RunDire
     [
         (["--plan", "plan.json"], "this run has 1 rank"),
         (["--plan", "plan.json", "memory.top_k=3"], "memory.top_k=4, and this run has 3"),
+        (["--plan", "more.json", "--nproc", "2"], "has table 'more' in features.id_tables, which the model lacks"),
     ],
 )
 def test_a_plan_that_is_not_of_this_run_is_refused(
@@ -144,6 +145,9 @@ def test_a_plan_that_is_not_of_this_run_is_refused(
     capfd: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(folder)
+    more = json.loads(planned.read_text())
+    more["id_tables"]["features.id_tables"]["more"] = {"sharding": "row_wise", "rank": None}
+    (folder / "more.json").write_text(json.dumps(more))
     command = [sys.executable, "-m", "msn_dist.launch", "train", "config.yaml", *arguments, "--out", "refused"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 2

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from msn_dist.config import load_config
 from msn_dist.errors import InputError
+from msn_dist.planner.topology import load_topology
 from msn_dist.strict_yaml import parse_text, read_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -56,3 +58,17 @@ def test_sizes_that_no_device_can_have_are_refused(override: str) -> None:
     ) as told:
         load_config(ROOT / "configs" / "demo.yaml", [override])
     assert value.removesuffix("00") in str(told.value).replace("+", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: here\nzzz: 8", "zzz: unknown key; here may be name, machine, nodes"),
+        ("name: here\nnode: 8", "node: unknown key; did you mean 'nodes'?"),
+        ("", "expected a mapping of keys to values, found nothing"),
+    ],
+)
+def test_what_may_stand_in_a_file_is_told_where_it_is_short(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "topology.yaml").write_text(text)
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_topology(tmp_path / "topology.yaml")

@@ -8,6 +8,7 @@ Shape suffixes: M bags, L hits a bag, R rows, D value width, N sub-keys of an ax
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,7 +119,9 @@ def calibrate(
         figures["straggling"] = curve(
             "ranks that wait", lambda seconds: _straggling(clock, node, seconds), [1e-3, 4e-3, 16e-3]
         )
-    if (unsteady := clock.most(clock.unsteady)) > _STEADY:
+    unsteady = clock.most(clock.unsteady)
+    crowded = not gpu and node.size() > len(os.sched_getaffinity(0))  # rounds differ then with nothing else about
+    if unsteady > _STEADY and not crowded:
         say(f"note: rounds of a measurement differed {unsteady:.1f} times: something else runs here; repeat it")
     return Machine(
         name=device_name(device),
@@ -256,7 +259,8 @@ def _row_rates(clock: Stopclock, width: int, single: bool) -> tuple[float, float
     rows, bags = _TABLE_BYTES[device.type] // (4 * width), _BAGS[device.type]
     lookup = make_lookup("auto", rows, width, ValueOptimizer(), device)
     lookup.weight_RD.zero_()
-    count, size = (min(bags * _HITS, rows), 1) if single else (bags * _HITS, _HITS)
+    # no more than it takes: ranks that share cores need seconds for wide rows
+    count, size = (min(bags * _HITS, rows // 2), 1) if single else (min(bags * _HITS, 2 * rows), _HITS)
     gradient_GD = torch.randn(count // size, width, device=device)
     weights_H = None if single else torch.rand(count, device=device)
     read, update, distinct = {}, {}, {}
@@ -335,7 +339,7 @@ def _collective(
     points = []
     powers = (10, 14, 17, 20, 22, 24, 26, *((28,) if device.type == "cuda" else ()))  # a GPU's links are faster
     for power in powers:
-        seconds = clock.collective(make(group, device, 2**power), calls=10)
+        seconds = clock.collective(make(group, device, 2**power), calls=10 if power <= 22 else 3)
         points.append([float(2**power), seconds])
     latency, per_byte = _line(points)
     return Collective(latency=latency, bandwidth=1 / per_byte, source="measured", points=points)
@@ -350,8 +354,9 @@ def _straggling(clock: Stopclock, group: dist.ProcessGroup, seconds: float) -> f
         for _ in range(calls):
             work()
 
-    added = clock.added(exchange, stretch, max(1, round(_STRETCHES / seconds)))
-    return max(_LEAST_SHARE, (added - clock.collective(exchange, calls=50)) / seconds)
+    alone = clock.collective(exchange, calls=50)
+    added = clock.added(exchange, stretch, max(1, round(_STRETCHES / (seconds + alone))))
+    return max(_LEAST_SHARE, (added - alone) / seconds)
 
 
 def _line(points: list[list[float]]) -> tuple[float, float]:

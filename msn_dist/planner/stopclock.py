@@ -42,7 +42,9 @@ class Stopclock:
     def _rounds(self, call: Callable[[], Any]) -> list[float]:
         """Seconds of one call in each round."""
         call()
-        calls = max(1, min(_CALLS[self.device.type], int(_SECONDS / 10 / max(self._timed(call, 1), 1e-7))))
+        self.together()
+        once = self._timed(call, 1)
+        calls = max(1, min(_CALLS[self.device.type], int(_SECONDS / 10 / max(once, 1e-7))))
         rounds = []
         for _ in range(_ROUNDS):
             self.together()
