@@ -187,7 +187,7 @@ def load_machine(name: str, near: Path | None = None) -> Machine:
     if not path.is_file():
         raise InputError(
             f"machine: {name}, as the topology says, is no built-in profile ({', '.join(BUILT_IN)}) and no file; "
-            "`msn calibrate` writes one of this machine"
+            f"`msn calibrate --nproc RANKS --output {name}` writes one of this machine"
         )
     tree = read_yaml(path)
     if "copy_rate" not in tree:
