@@ -63,7 +63,7 @@ def shapes() -> list[tuple[int, int]]:
 def cell(skew: str, slots: int, hits: int, world: int) -> Row:
     """Milliseconds of every strategy that can serve, and the best of them."""
     situation = _situation(SKEWS[skew], slots, hits, world)
-    nothing = ModelTime(dense=0.0, memory=0.0, optimizer=0.0, operators=0, parameter_bytes=0)
+    nothing = ModelTime(dense=0.0, memory=0.0, optimizer=0.0, parameter_bytes=0)
     layouts, ms = {}, {}
     for strategy in LOOKS:
         layout = layouts[strategy] = in_best_groups(situation, situation.layout(strategy, "bf16", "bf16"), nothing)

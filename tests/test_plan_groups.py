@@ -24,7 +24,7 @@ from msn_dist.planner.situation import Situation
 from msn_dist.planner.topology import Link
 from msn_dist.training.plan_card import plan_card
 
-NOTHING_ELSE = ModelTime(dense=0.0, memory=0.0, optimizer=0.0, operators=0, parameter_bytes=0)
+NOTHING_ELSE = ModelTime(dense=0.0, memory=0.0, optimizer=0.0, parameter_bytes=0)
 
 
 def linked(nodes: int, ranks_per_node: int, inside_gb_s: float, **memory: object) -> Situation:

@@ -19,9 +19,8 @@ from torch import Tensor
 from msn_dist.config import RunConfig
 from msn_dist.data.schema import Schema
 from msn_dist.memory.product_keys import choose_retrieval
-from msn_dist.planner.cost import host_operators
 from msn_dist.planner.dense_trace import trace_step
-from msn_dist.planner.machine import SINGLE, Collective, Curve, Latency, Machine, device_name
+from msn_dist.planner.machine import SINGLE, Collective, Curve, Dispatch, Latency, Machine, device_name
 from msn_dist.planner.stopclock import Stopclock
 from msn_dist.sharding.buckets import bucket_rows, bucket_rows_by_kernel, distinct_rows
 from msn_dist.sharding.hits import Hits
@@ -44,13 +43,14 @@ def calibrate(
     node: dist.ProcessGroup,
     control: dist.ProcessGroup,
     versions: dict[str, str | None],
-    tiny_step: Callable[[], TinyStep],
+    tiny_step: Callable[[int, int], TinyStep],
     say: Say = lambda line: None,
 ) -> Machine:
     """The profile of one rank of `group`, with the links inside its node, whose ranks are `node`.
 
     A collective call of `group` and `control`, which have the same ranks.  `say` is told what is measured next.
-    `tiny_step` makes a training step whose time on a GPU is its host's, with its config, schema and rows.
+    `tiny_step` makes a training step of so many layers and memories, whose time on a GPU is its host's, with its
+    config, schema and rows.
     """
     clock = Stopclock(device, control)
     gpu = device.type == "cuda"
@@ -62,7 +62,6 @@ def calibrate(
     say("operators")
     few = torch.zeros(16, device=device)
     operator = clock.seconds(lambda: few + 1)
-    dispatch = _dispatch(clock, tiny_step()) if gpu else 0.0
     large = 2**30 if gpu else 2**27
     figures = {
         "copy_rate": curve(
@@ -105,6 +104,8 @@ def calibrate(
         figures["layer_norm_backward"] = curve(
             "LayerNorm, backward", lambda width: _layer_norm_rate(clock, width, True), widths
         )
+        figures["index_select"] = curve("rows by index", lambda width: _index_rate(clock, width, False), widths)
+        figures["index_add"] = curve("sums by index", lambda width: _index_rate(clock, width, True), widths)
     say("rows")
     widths = [16, 64, 256, 1024]
     for names, single in ((("hit_read", "row_read", "hit_update", "row_update"), False), (SINGLE, True)):
@@ -130,8 +131,8 @@ def calibrate(
         date=datetime.date.today().isoformat(),
         versions=versions,
         operator=Latency(seconds=operator, source="measured"),
-        dispatch=Latency(seconds=dispatch, source="measured"),
-        id_step=Latency(seconds=_id_step(clock, group), source="measured"),
+        dispatch=_dispatch(clock, tiny_step) if gpu else None,
+        id_step=None if gpu else Latency(seconds=_id_step(clock, group), source="measured"),
         **figures,
     )
 
@@ -146,16 +147,24 @@ def link_between_nodes(
     return found.model_copy(update={"bandwidth": found.bandwidth * share, "points": points})
 
 
-def _dispatch(clock: Stopclock, tiny: TinyStep) -> float:
-    """What the host spends on one operator of a training step, as `cost` counts them.
+def _dispatch(clock: Stopclock, tiny_step: Callable[[int, int], TinyStep]) -> Dispatch:
+    """What the host spends on an operator, a memory and the rest of a training step: from steps that differ in these.
 
-    The Python of modules, autograd, DistributedDataParallel and TorchRec is in it: several times what the operator
+    The Python of modules, autograd, DistributedDataParallel and TorchRec is in it: several times what an operator
     takes by itself.
     """
-    config, schema, rows, step = tiny
-    trace = trace_step(config, schema, rows, "cuda")
-    operators = host_operators(len(trace.ops), len(config.model.layers_with_memory), config.memory.chunks)
-    return clock.host_seconds(step, 20) / operators
+    few, memories = 2, 2
+    steps = [tiny_step(few, 0), tiny_step(8, 0), tiny_step(few, memories)]
+    counts = [len(trace_step(config, schema, rows, "cuda").ops) for config, schema, rows, _ in steps]
+    bare, deep, with_memories = clock.host_seconds([step for *_, step in steps], 10)
+    operator = max(0.0, deep - bare) / (counts[1] - counts[0])
+    added = with_memories - bare - operator * (counts[2] - counts[0])
+    return Dispatch(
+        operator=operator,
+        memory=max(0.0, added) / memories,
+        step=max(0.0, bare - operator * counts[0]),
+        source="measured",
+    )
 
 
 def _in_burst(clock: Stopclock, call: Callable[[], Tensor], result_bytes: int) -> float:
@@ -219,6 +228,15 @@ def _from_host(device: torch.device, size: int) -> Callable[[], object]:
     source = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.empty_like(source, device=device)
     return lambda: target.copy_(source, non_blocking=True)
+
+
+def _index_rate(clock: Stopclock, width: int, add: bool) -> float:
+    """Numbers a second of torch.index_select, or of torch.index_add to zeros, of as many rows in another order."""
+    x_MD = torch.randn(2**24 // width, width, device=clock.device)
+    order_M, zeros_MD = torch.randperm(len(x_MD), device=clock.device), torch.zeros_like(x_MD)
+    if add:
+        return x_MD.numel() / clock.seconds(lambda: zeros_MD.index_add_(0, order_M, x_MD))
+    return x_MD.numel() / clock.seconds(lambda: x_MD.index_select(0, order_M))
 
 
 def _layer_norm_rate(clock: Stopclock, width: int, backward: bool) -> float:

@@ -20,9 +20,10 @@ and those that are waited for at once hide behind nothing: two_level's across gr
 Ranks that share the cores of a CPU come to a collective at different times, and all wait for the last one: a share of
 what they have computed since the one before, which calibration measures over that time (`Machine.straggling`).
 
-A GPU works behind its host: a step takes no less than the host needs to dispatch its operators.  And TorchRec's id
-tables ask the GPU for lengths, so that the host begins a step with nothing ahead: an operator starts when the host has
-dispatched it, and the GPU waits as long as those before the first memory take the host more than the GPU.
+A GPU works behind its host (`behind_host`), which dispatches operators, at each memory its kernels and exchange, and
+what a step has besides (TorchRec's modules, DistributedDataParallel, optimizers).  TorchRec's id tables ask the GPU for
+lengths, so that both begin a step together; a quarter of what a step has besides comes between this question and the
+first operator.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise
 
+import torch
+
+from msn_dist.planner.behind_host import Stretch
 from msn_dist.planner.dense_trace import Op, StepTrace
 from msn_dist.planner.exchange_work import Work, exchange_work
 from msn_dist.planner.host_tier import CacheStep
 from msn_dist.planner.layout import Layout
 from msn_dist.planner.load import Message, expected_bytes
-from msn_dist.planner.machine import Collective, Curve, Machine
+from msn_dist.planner.machine import Collective, Curve, Dispatch, Machine
 from msn_dist.planner.situation import Situation
 from msn_dist.planner.storage import batch_bytes
 from msn_dist.planner.topology import Topology
@@ -45,8 +49,7 @@ from msn_dist.planner.topology import Topology
 WAITING, STRAGGLING = "waiting for the host", "waiting for ranks"
 ARRIVING, LEAVING = "rows from the host", "rows to the host"
 _BUCKET = 25 * 2**20  # bytes of DistributedDataParallel's buckets
-_EXCHANGE_OPERATORS = 90  # that the host dispatches for the exchange of a memory, forward and backward
-_ID_OPERATORS = 90  # the same for TorchRec's modules
+_LEAD = 0.25  # of what the host does in a step beside operators: from TorchRec's question to the first operator
 _ID_COLLECTIVES = 2  # of these that ranks come to from computing: embeddings home, and their gradients
 _FUNCTIONS = ("gelu", "tanh", "sigmoid", "silu", "softmax", "layer_norm", "exp", "log", "erf")
 
@@ -70,12 +73,13 @@ class StepTime:
     """One training step of the busiest rank."""
 
     phases: list[Phase]
-    host: float  # seconds that the host needs to dispatch it
-    lead: float = 0.0  # that the device waits until its host is ahead
+    behind_host: float = (
+        0.0  # seconds of a device with its host; the sum of phases would tell layouts apart by rounding
+    )
 
     @property
     def seconds(self) -> float:
-        return max(self.device + self.lead, self.host)  # the sum of phases would tell layouts apart by how it rounds
+        return max(self.device, self.behind_host)
 
     @property
     def device(self) -> float:
@@ -88,10 +92,9 @@ class StepTime:
         return sum(phase.exposed for phase in self.phases if phase.name in _OF_THE_EXCHANGE)
 
 
-_OF_THE_EXCHANGE = (
-    *("hits by owner", "hits there", "look-up", "sums home", "gradients", "update"),
-    *(ARRIVING, LEAVING, STRAGGLING),
-)
+_FORWARD = ("hits by owner", "hits there", "look-up", "sums home", ARRIVING)
+_BACKWARD = ("gradients", "update", LEAVING)
+_OF_THE_EXCHANGE = (*_FORWARD, *_BACKWARD, STRAGGLING)
 _BEFORE_THE_LOOK_UP = ("counts", "lengths", "hits", "rows")
 
 
@@ -102,31 +105,30 @@ class ModelTime:
     dense: float
     memory: float  # queries, keys, retrieval and gate
     optimizer: float
-    operators: int
     parameter_bytes: int
-    lead: float = 0.0  # that a GPU waits for its host before the first memory
     retrieval: float = 0.0  # of `memory`: in the forward, up to the look-up
+    stretches: tuple[Stretch, ...] = ()  # of the whole step, parted by the look-ups of memories, forward and backward
 
     @classmethod
     def of(cls, trace: StepTrace, machine: Machine) -> ModelTime:
         """On one rank, whose trace this is."""
-        seconds = dict.fromkeys(("dense", "retrieval", "gate", "optimizer"), 0.0)
-        for op in trace.ops:
-            seconds[op.region] += operator_seconds(op, machine)
-        host = device = lead = 0.0
-        for op in takewhile(lambda op: op.region == "dense" and not op.backward, trace.ops):
-            host += machine.dispatch.seconds
-            lead = max(lead, host - device)
-            device += operator_seconds(op, machine)
-        searching = (op for op in trace.ops if op.region == "retrieval" and not op.backward)
+        seconds = [operator_seconds(op, machine) for op in trace.ops]
+        regions = dict.fromkeys(("dense", "retrieval", "gate", "optimizer"), 0.0)
+        searching = 0.0
+        for op, of_op in zip(trace.ops, seconds, strict=True):
+            regions[op.region] += of_op
+            searching += of_op if op.region == "retrieval" and not op.backward else 0.0
+        stretches = ()
+        if machine.kind == "cuda":
+            parts = pairwise((0, *trace.memories_at, len(seconds)))
+            stretches = tuple(Stretch.of(seconds[a:b], machine.dispatch.operator) for a, b in parts)
         return cls(
-            dense=seconds["dense"],
-            memory=seconds["retrieval"] + seconds["gate"],
-            optimizer=seconds["optimizer"],
-            operators=len(trace.ops),
+            dense=regions["dense"],
+            memory=regions["retrieval"] + regions["gate"],
+            optimizer=regions["optimizer"],
             parameter_bytes=sum(trace.parameters),
-            lead=lead,
-            retrieval=sum(operator_seconds(op, machine) for op in searching),
+            retrieval=searching,
+            stretches=stretches,
         )
 
 
@@ -171,16 +173,30 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
         travels = sum(1 if m.once else chunks for m in messages if m.name != "lengths")
         together = _ID_COLLECTIVES + _buckets(model) + travels
         phases.append(_straggling(phases, together, machine.straggling))
-    host = host_operators(model.operators, memories, chunks) * machine.dispatch.seconds
-    time = StepTime(phases, host, model.lead)
+    if not model.stretches:
+        return StepTime(phases)
+    time = StepTime(phases, _behind_host(phases, model.stretches, memories, chunks, machine.dispatch))
     if (waiting := time.seconds - time.device) > 0:
         phases.append(Phase(WAITING, waiting))
     return time
 
 
-def host_operators(traced: int, memories: int, chunks: int) -> int:
-    """Operators that the host dispatches in a step: those of the traced model, and some for what is sharded."""
-    return traced + _ID_OPERATORS + memories * chunks * _EXCHANGE_OPERATORS
+def _behind_host(
+    phases: Sequence[Phase], stretches: Sequence[Stretch], memories: int, chunks: int, dispatch: Dispatch
+) -> float:
+    """Seconds of a device and its host: what is sharded comes between the operators of the rest."""
+    exposed = {phase.name: phase.exposed for phase in phases}
+    host = chunks * dispatch.memory / 2
+    exchanges = [
+        Stretch.one(host, sum(exposed.get(name, 0.0) for name in names) / memories)
+        for names in (_FORWARD, _BACKWARD)
+        for _ in range(memories)
+    ]
+    ids = exposed["id tables"] / 2
+    step = Stretch.one(_LEAD * dispatch.step, ids).then(stretches[0])
+    for exchange, operators in zip(exchanges, stretches[1:], strict=True):
+        step = step.then(exchange).then(operators)
+    return step.then(Stretch.one((1 - _LEAD) * dispatch.step, ids + exposed["dense gradients"])).span
 
 
 def operator_seconds(op: Op, machine: Machine) -> float:
@@ -197,10 +213,15 @@ def operator_seconds(op: Op, machine: Machine) -> float:
         moving = op.bytes / machine.copy_rate.at(op.bytes)
         # a GPU does both at once; what a CPU writes to fresh memory it waits for
         seconds = seconds + moving if machine.kind == "cpu" else max(seconds, moving)
+    elif machine.index_select is not None and "index_select" in op.name:
+        numbers = op.out_elements * getattr(torch, op.dtype).itemsize / 4  # bytes move, where `index_add` adds numbers
+        seconds = numbers / machine.index_select.at(op.shapes[0][-1])
+    elif machine.index_add is not None and "index_add" in op.name:
+        seconds = math.prod(op.shapes[-1]) / machine.index_add.at(op.shapes[-1][-1])
     elif "topk" in op.name:
         length = op.shapes[0][-1]
         seconds = math.prod(op.shapes[0]) / machine.top_k.at(length)
-    elif any(name in op.name for name in ("sort", "unique")):
+    elif any(op.name.startswith(f"aten.{name}") for name in ("sort", "argsort", "unique", "_unique")):
         numbers = math.prod(op.shapes[0])
         seconds = numbers / machine.sort.at(numbers)
     else:

@@ -48,6 +48,7 @@ class StepTrace:
     ops: tuple[Op, ...]
     spans: tuple[Span, ...]
     look_ups: tuple[LookUp, ...]  # in the order of the forward
+    memories_at: tuple[int, ...]  # ops before the look-ups of memories, in the forward and in the backward
     parameters: tuple[int, ...]  # bytes of each dense parameter
 
 
@@ -86,6 +87,7 @@ def trace_step(config: RunConfig, schema: Schema, rows: int, device_type: str = 
         ops=tuple(recorder.ops),
         spans=tuple(recorder.spans),
         look_ups=tuple(recorder.look_ups),
+        memories_at=tuple(recorder.memories_at),
         parameters=tuple(parameter.numel() * parameter.element_size() for parameter in dense),
     )
 

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from msn_dist.planner.machine import Collective, Curve, Latency, Machine
+from msn_dist.planner.machine import Collective, Curve, Dispatch, Latency, Machine
 from msn_dist.planner.plan_file import PlanFile, Rival
 
 WIDTH = 80
@@ -125,6 +125,9 @@ def explain_machine(machine: Machine) -> Table:
             table.add_row(name, first, last, value.source)
         elif isinstance(value, Latency):
             table.add_row(name, f"{1e6 * value.seconds:.3g} us", "", value.source)
+        elif isinstance(value, Dispatch):
+            for part in ("operator", "memory", "step"):
+                table.add_row(f"{name}: {part}", f"{1e6 * getattr(value, part):.3g} us", "", value.source)
         elif isinstance(value, Collective):
             table.add_row(name, f"{1e6 * value.latency:.3g} us", f"{value.bandwidth:.3g} B/s", value.source)
     return table

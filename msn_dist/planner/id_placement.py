@@ -49,4 +49,5 @@ def place_ids(situation: Situation, reserved_bytes: int) -> IdPlan:
         for table, placement in placements.items():
             rows, dim = weights[f"{path}.{part}.{table}.weight"].shape
             tables.append(TableShards(path, table, "ids", rows, dim, placement.sharding, placement.rows_per_rank))
-    return IdPlan(tables, machine.id_step.seconds + max(placed.seconds_W))
+    modules = 0.0 if machine.id_step is None else machine.id_step.seconds
+    return IdPlan(tables, modules + max(placed.seconds_W))

@@ -66,6 +66,16 @@ class Latency(Part):
     note: str = ""
 
 
+class Dispatch(Part):
+    """Seconds of a training step on the host of a GPU, which works behind it."""
+
+    operator: Annotated[float, Field(ge=0.0)] = Field(description="an operator of the dense network, as traces count")
+    memory: Annotated[float, Field(ge=0.0)] = Field(description="a memory, beside its operators: kernels and exchange")
+    step: Annotated[float, Field(ge=0.0)] = Field(description="TorchRec's modules, data-parallel wrapper, optimizers")
+    source: Literal["measured", "datasheet", "estimated"]
+    note: str = ""
+
+
 class Collective(Part):
     """Seconds of one collective: as measured at `points`, else latency + bytes that a rank sends / bandwidth."""
 
@@ -108,6 +118,8 @@ class Machine(Part):
     retrieve_fp32: Curve | None = Field(None, description="the same forward, of float32 operands")
     layer_norm: Curve | None = Field(None, description="row width -> numbers/s; else as other operators")
     layer_norm_backward: Curve | None = Field(None, description="the same of its backward")
+    index_select: Curve | None = Field(None, description="row width -> numbers/s, fp32; else as other operators")
+    index_add: Curve | None = Field(None, description="the same, of any dtype")
     hit_read: Curve = Field(description="bytes of a row -> hits/s of weighted sums, of 32 hits on few rows each")
     row_read: Curve = Field(description="bytes of a row -> distinct rows/s, beside their hits")
     hit_update: Curve = Field(description="bytes of a row -> hits/s of the backward with row-wise Adagrad")
@@ -119,8 +131,8 @@ class Machine(Part):
     bucketing: Curve = Field(description="ranks -> hits/s, sorted by owner")
     asked: Curve | None = Field(None, description="hits -> hits/s of finding the distinct rows to ask for; else `sort`")
     operator: Latency = Field(description="of one operator on the device")
-    dispatch: Latency = Field(description="of one operator on the host, which a GPU works behind")
-    id_step: Latency = Field(description="of TorchRec's modules in one step, beside their look-ups")
+    dispatch: Dispatch | None = Field(None, description="of GPUs")
+    id_step: Latency | None = Field(None, description="of CPUs: TorchRec's modules in one step, beside look-ups")
     host_link: Curve = Field(description="bytes of a copy from the host -> bytes/s")
     straggling: Curve | None = Field(
         None,
@@ -135,6 +147,8 @@ class Machine(Part):
             raise ValueError("retrieve and retrieve_backward belong together; measure again, or leave both out")
         if len({getattr(self, name) is None for name in SINGLE}) == 2:
             raise ValueError(f"{', '.join(SINGLE)} belong together; measure again, or leave all of them out")
+        if self.kind == "cuda" and self.dispatch is None:
+            raise ValueError("a GPU's profile needs dispatch, what its host takes; measure again")
         return self
 
     @property

@@ -165,7 +165,7 @@ def _lacking(one: Priced) -> str:
 
 def _slower(one: StepTime, chosen: StepTime, unit: str = "") -> str:
     """By how much, and in which phase most of it is, in milliseconds."""
-    if all(time.seconds == time.host for time in (one, chosen)):
+    if one.seconds == chosen.seconds > max(one.device, chosen.device):
         return f"as fast, by the host; device {1e3 * one.device:.3g}{unit}, not {1e3 * chosen.device:.3g}"
     share = one.seconds / chosen.seconds - 1
     theirs, ours = (

@@ -75,6 +75,7 @@ class StepRecorder(LiveBytes):
         self.ops: list[Op] = []
         self.spans: list[Span] = []
         self.look_ups: list[LookUp] = []
+        self.memories_at: list[int] = []  # ops before the look-ups of memories, in the forward and in the backward
         self._events = iter(events)
         self._pairs = sum(top_k // i for i in range(1, top_k + 1))
         self._phase = "forward"
@@ -128,6 +129,7 @@ class StepRecorder(LiveBytes):
         self._cut()
         if look_up.kind == "memory":
             self._enter_region("gate")
+            self.memories_at.append(len(self.ops))
         number = len(self.look_ups)
         self.look_ups.append(look_up)
         self._mark(number)
@@ -154,6 +156,8 @@ class StepRecorder(LiveBytes):
         self._cut()
         self._held.discard(number)
         self._mark(number)
+        if self.look_ups[number].kind == "memory":
+            self.memories_at.append(len(self.ops))
 
     def _mark(self, number: int) -> None:
         self.spans.append(Span(self._phase, self.live, frozenset(self._held), frozenset(self._outputs), number))

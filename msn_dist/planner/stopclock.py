@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,18 +85,21 @@ class Stopclock:
     def _settled(self, rounds: list[float]) -> float:
         return self.mean(statistics.median(rounds))
 
-    def host_seconds(self, call: Callable[[], Any], calls: int) -> float:
-        """What the host spends on one call, whatever the device has yet to do."""
-        call()
-        rounds = []
-        for _ in range(_ROUNDS):
-            self.together()
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            rounds.append((time.perf_counter() - start) / calls)
-            self._wait()
-        return self._settled(rounds)
+    def host_seconds(self, steps: Sequence[Callable[[], Any]], calls: int) -> list[float]:
+        """What the host spends on one call of each, whatever the device has yet to do.
+
+        They are timed in turns, so that a host which gets slower meanwhile does so in all of them.
+        """
+        rounds: list[list[float]] = [[] for _ in steps]
+        for turn in range(1 + _TURNS):  # the first is a warm-up
+            for step, seconds in zip(steps, rounds, strict=True):
+                self.together()
+                start = time.perf_counter()
+                for _ in range(calls):
+                    step()
+                if turn:
+                    seconds.append((time.perf_counter() - start) / calls)
+        return [self._settled(seconds) for seconds in rounds]
 
     def mean(self, number: float) -> float:
         """Over all ranks."""

@@ -19,23 +19,27 @@ from msn_dist.training.step import train_step
 _ROWS = 8  # of a rank
 
 
-def tiny_step(ranks: Ranks) -> tuple[RunConfig, Schema, int, Callable[[], Tensor]]:
-    """(config, schema, rows a rank, step); a collective call, as every call of the step.
-
-    It has what steps have: id tables, memories, per-token networks, autocast, tables and gradients over all ranks.
-    """
-    rows = 64 * ranks.world  # of a table
+def tiny_config(layers: int, memories: int, world: int) -> tuple[RunConfig, Schema, int]:
+    """(config, schema, rows a rank): what steps have, id tables, so many layers and `memories`, autocast."""
+    rows = 64 * world  # of a table
     schema = Schema(
         name="tiny", tables={"user": rows, "item": rows}, ids={"user": "user", "item": "item"}, dense=["age"],
         labels=["click"], group="user",
     )  # fmt: skip
+    carrying = {"block": "msn_ffn", "memory_layers": list(range(memories))} if memories else {"block": "ffn"}
     config = RunConfig(
         name="tiny",
-        data=DataConfig(path=".", batch_size=_ROWS * ranks.world),
-        model=RankMixerConfig(tokens=4, width=32, layers=4),
-        memory=MemoryConfig(sub_keys=8 * ranks.world, top_k=4),
+        data=DataConfig(path=".", batch_size=_ROWS * world),
+        model=RankMixerConfig(tokens=4, width=32, layers=layers, **carrying),
+        memory=MemoryConfig(sub_keys=8 * world, top_k=4) if memories else None,
         training=TrainingConfig(precision="bf16"),
     )
+    return config, schema, _ROWS
+
+
+def tiny_step(ranks: Ranks, layers: int, memories: int) -> tuple[RunConfig, Schema, int, Callable[[], Tensor]]:
+    """(config, schema, rows a rank, step); a collective call, as every call of the step."""
+    config, schema, _ = tiny_config(layers, memories, ranks.world)
     model, *_ = build_sharded_model(config, schema, ranks)
     optimizers = Optimizers(model, [], config.optimizer, total_steps=1)
     ids = torch.arange(2 * _ROWS)

@@ -1,0 +1,107 @@
+"""Steps of a GPU and its host: what both take together, and what calibration makes of steps that it times.
+
+Shape suffixes: I operators.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from msn_dist.planner import calibration
+from msn_dist.planner.behind_host import Stretch
+from msn_dist.planner.cost import WAITING, ModelTime, StepTime, operator_seconds
+from msn_dist.planner.dense_trace import trace_step
+from msn_dist.planner.machine import Dispatch
+from msn_dist.planner.search import Search
+from msn_dist.planner.situation import Situation
+from msn_dist.training.tiny_step import tiny_config
+from tests.test_planning import situation
+
+
+def played(hosts_I: list[float], devices_I: list[float]) -> float:
+    """When the last result is there, operator by operator."""
+    host = device = 0.0
+    for dispatch, seconds in zip(hosts_I, devices_I, strict=True):
+        host += dispatch
+        device = max(device, host) + seconds
+    return device
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_row_spans_what_operators_one_by_one_do_however_it_is_parted(seed: int) -> None:
+    hosts_I, devices_I = torch.rand(2, 20, generator=torch.Generator().manual_seed(seed)).tolist()
+    total = Stretch()
+    for first, last in pairwise((0, 3, 11, 20)):
+        part = Stretch()
+        for host, device in zip(hosts_I[first:last], devices_I[first:last], strict=True):
+            part = part.then(Stretch.one(host, device))
+        total = total.then(part)
+    assert total.span == pytest.approx(played(hosts_I, devices_I))
+    assert (total.host, total.device) == (pytest.approx(sum(hosts_I)), pytest.approx(sum(devices_I)))
+
+
+def test_a_slow_forward_of_the_host_is_not_made_up_for_by_a_slow_backward_of_the_device() -> None:
+    forward, backward = Stretch.of([0.01] * 10, dispatch=1.0), Stretch.of([1.0] * 10, dispatch=0.01)
+    assert forward.then(backward).span == pytest.approx(20, rel=0.02)
+    assert Stretch.of([1.0] * 10, dispatch=1.0).span == pytest.approx(11)
+
+
+def step_of(here: Situation, **dispatch: float) -> StepTime:
+    given = {"operator": 0.0, "memory": 0.0, "step": 0.0, "source": "measured"} | dispatch
+    machine = here.machine.model_copy(update={"dispatch": Dispatch(**given)})
+    return Search(replace(here, machine=machine)).fastest().time
+
+
+def test_a_step_takes_what_its_host_does_or_its_device_and_names_the_difference() -> None:
+    here = situation(1, 8)
+    device = step_of(here).device
+    assert step_of(here).seconds == pytest.approx(device)
+    for host in ({"memory": 10.0}, {"step": 10.0}):
+        time = step_of(here, **host)
+        all_of_it = sum(host.values()) * (here.memories if "memory" in host else 1)
+        assert all_of_it < time.seconds < all_of_it + device
+        (waiting,) = (phase.seconds for phase in time.phases if phase.name == WAITING)
+        assert waiting == pytest.approx(time.seconds - time.device)
+    lead = step_of(here, step=1e-4).seconds - device
+    assert lead == pytest.approx(1e-4 / 4)  # TorchRec's question; the rest is dispatched while the device works
+
+
+def test_what_is_sharded_parts_the_operators_of_a_step() -> None:
+    here = situation(1, 8)
+    trace = trace_step(here.config, here.schema, here.rows, "cuda")
+    assert list(trace.memories_at) == sorted(trace.memories_at) and len(trace.memories_at) == 2 * here.memories
+    for place in trace.memories_at[: here.memories]:
+        assert trace.ops[place - 1].region == "retrieval" and trace.ops[place].region == "gate"
+    for place in trace.memories_at[here.memories :]:
+        assert trace.ops[place - 1].region == "gate" and trace.ops[place].region == "retrieval"
+        assert trace.ops[place].backward
+    model = ModelTime.of(trace, here.machine)
+    assert len(model.stretches) == 2 * here.memories + 1
+    seconds = sum(operator_seconds(op, here.machine) for op in trace.ops)
+    assert sum(stretch.device for stretch in model.stretches) == pytest.approx(seconds)
+
+
+def test_calibration_finds_what_an_operator_a_memory_and_a_step_take_the_host() -> None:
+    spent = {"operator": 4e-5, "memory": 3e-3, "step": 5e-3}
+    made: list[tuple[int, int]] = []
+
+    def tiny(layers: int, memories: int) -> tuple:
+        made.append((layers, memories))
+        return *tiny_config(layers, memories, world=1), lambda: None
+
+    def host_seconds(steps: list, calls: int) -> list[float]:
+        return [
+            spent["step"] + memories * spent["memory"] + operators(layers, memories) * spent["operator"]
+            for layers, memories in made
+        ]
+
+    def operators(layers: int, memories: int) -> int:
+        return len(trace_step(*tiny_config(layers, memories, world=1), "cuda").ops)
+
+    found = calibration._dispatch(SimpleNamespace(host_seconds=host_seconds), tiny)
+    assert {name: getattr(found, name) for name in spent} == pytest.approx(spent)
