@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional
 
 from msn_dist.errors import InputError
@@ -51,11 +52,13 @@ class SMoE(nn.Module):
         ends_G = torch.searchsorted(group_V, groups_G, right=True, out_int32=True)
         visits_G = ends_G.diff(prepend=ends_G.new_zeros(1))
 
-        x_VD = x_BTD.flatten(0, 1).index_select(0, order_V // self.active)
+        place_V = inverse(order_V)
+
+        x_VD = permuted(x_BTD.flatten(0, 1), order_V, place_V, copies=self.active)
         hidden_VH = functional.gelu(grouped_linear(x_VD, self.up_GDH, ends_G))
         y_VD = grouped_linear(hidden_VH, self.down_GHD, ends_G)
 
-        y_BTAD = y_VD.index_select(0, order_V.argsort()).unflatten(0, expert_BTA.shape)
+        y_BTAD = permuted(y_VD, place_V, order_V).unflatten(0, expert_BTA.shape)
         y_BTD = (top_BTA.softmax(-1).unsqueeze(-1) * y_BTAD).sum(-2)
         return y_BTD, balance_loss(scores_BTE.softmax(-1), visits_G.view(tokens, experts), self.active)
 
@@ -71,6 +74,39 @@ def grouped_linear(x_VI: Tensor, weight_GIO: Tensor, ends_G: Tensor) -> Tensor:
     if dtype := autocast_dtype(x_VI.device.type):  # autocast does not know grouped_mm
         x_VI, weight_GIO = x_VI.to(dtype), weight_GIO.to(dtype)
     return functional.grouped_mm(x_VI, weight_GIO, offs=ends_G)
+
+
+@torch.fx.wrap
+def inverse(order_V: Tensor) -> Tensor:
+    """Where a permutation puts each number."""
+    return torch.empty_like(order_V).scatter_(0, order_V, torch.arange(len(order_V), device=order_V.device))
+
+
+@torch.fx.wrap
+def permuted(x_MD: Tensor, order_V: Tensor, place_V: Tensor, copies: int = 1) -> Tensor:
+    """Rows, of which so many copies are taken each, in another order: [M, D] -> [V, D] with V = M * copies.
+
+    `place_V` is the inverse of `order_V`: gradients are read by it, where index_select's would be added number by
+    number, on a GPU in an order that differs from run to run.
+    """
+    return _Permuted.apply(x_MD, order_V, place_V, copies)
+
+
+class _Permuted(Function):
+    @staticmethod
+    def forward(ctx, x_MD, order_V, place_V, copies):
+        ctx.save_for_backward(place_V)
+        ctx.copied = (len(x_MD), copies)
+        return x_MD.index_select(0, order_V if copies == 1 else order_V // copies)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_VD):
+        (place_V,) = ctx.saved_tensors
+        gradient_VD = gradient_VD.index_select(0, place_V)
+        _, copies = ctx.copied
+        gradient_MD = gradient_VD if copies == 1 else gradient_VD.unflatten(0, ctx.copied).sum(1)
+        return gradient_MD, None, None, None
 
 
 def balance_loss(probability_BTE: Tensor, visits_TE: Tensor, active: int) -> Tensor:
