@@ -115,15 +115,12 @@ def main() -> None:
         msn("prepare", "synthetic", str(folder / "data"), "--rows", str(2 * STEPS * most))
         if any(shape.endswith(".yaml") for shape in shapes):
             msn("prepare", "kuairand", str(folder / "kuairand"))
-        try:
-            for ranks in chosen.ranks:
-                place = Place(folder, chosen.device, ranks)
-                calibrated(place, chosen.gib)
-                for shape in shapes:
-                    rows += compared(place, shape, chosen.strategies, chosen.rounds)
-        finally:  # a run that is interrupted leaves what it has
-            if rows:
-                write_rows(name, rows)
+        for ranks in chosen.ranks:
+            place = Place(folder, chosen.device, ranks)
+            calibrated(place, chosen.gib)
+            for shape in shapes:
+                rows += compared(place, shape, chosen.strategies, chosen.rounds)
+    write_rows(name, rows)
     if chosen.strategies:
         print(order(rows))
 

@@ -19,6 +19,7 @@ from msn_dist.planner.dense_trace import trace_step
 from msn_dist.planner.machine import Dispatch
 from msn_dist.planner.search import Search
 from msn_dist.planner.situation import Situation
+from msn_dist.planner.step_recorder import Op
 from msn_dist.training.tiny_step import tiny_config
 from tests.test_planning import situation
 
@@ -69,6 +70,22 @@ def test_a_step_takes_what_its_host_does_or_its_device_and_names_the_difference(
         assert waiting == pytest.approx(time.seconds - time.device)
     lead = step_of(here, step=1e-4).seconds - device
     assert lead == pytest.approx(1e-4 / 4)  # TorchRec's question; the rest is dispatched while the device works
+
+
+def test_a_device_works_off_one_chunk_while_its_host_dispatches_the_next() -> None:
+    here = situation(1, 8, rows=32_768, chunks=4)
+    device = step_of(here).device
+    one = step_of(here, memory=1e-4).seconds - device  # a quarter of the half is what it waits for at most, twice
+    assert 0 <= one <= 2 * here.memories * 1e-4 / 2 + 1e-9
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 128), ("bfloat16", 256)])
+def test_rows_by_index_are_priced_by_their_bytes_and_sums_by_their_numbers(dtype: str, width: int) -> None:
+    machine = situation(1, 8).machine
+    read = Op("aten.index_select", "dense", False, 0, 0, 10**6 * width, ((50, width), (10**6,)), dtype)
+    assert operator_seconds(read, machine) == pytest.approx(10**6 * 128 / machine.index_select.at(128))
+    many = Op("aten.index_add", "dense", True, 0, 0, 0, ((50, width), (10**6,), (10**6, width)), dtype)
+    assert operator_seconds(many, machine) == 10**6 * width / machine.index_add.at(width)
 
 
 def test_what_is_sharded_parts_the_operators_of_a_step() -> None:

@@ -120,6 +120,10 @@ def calibrate(
         figures["straggling"] = curve(
             "ranks that wait", lambda seconds: _straggling(clock, node, seconds), [1e-3, 4e-3, 16e-3]
         )
+    dispatch = None
+    if gpu:
+        say("the host")
+        dispatch = _dispatch(clock, tiny_step)
     unsteady = clock.most(clock.unsteady)
     crowded = not gpu and node.size() > len(os.sched_getaffinity(0))  # rounds differ then with nothing else about
     if unsteady > _STEADY and not crowded:
@@ -131,7 +135,7 @@ def calibrate(
         date=datetime.date.today().isoformat(),
         versions=versions,
         operator=Latency(seconds=operator, source="measured"),
-        dispatch=_dispatch(clock, tiny_step) if gpu else None,
+        dispatch=dispatch,
         id_step=None if gpu else Latency(seconds=_id_step(clock, group), source="measured"),
         **figures,
     )

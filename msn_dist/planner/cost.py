@@ -23,7 +23,7 @@ what they have computed since the one before, which calibration measures over th
 A GPU works behind its host (`behind_host`), which dispatches operators, at each memory its kernels and exchange, and
 what a step has besides (TorchRec's modules, DistributedDataParallel, optimizers).  TorchRec's id tables ask the GPU for
 lengths, so that both begin a step together; a quarter of what a step has besides comes between this question and the
-first operator.
+first operator.  That an exchange over several ranks asks for its counts as well is not in the price.
 """
 
 from __future__ import annotations
@@ -184,18 +184,16 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
 def _behind_host(
     phases: Sequence[Phase], stretches: Sequence[Stretch], memories: int, chunks: int, dispatch: Dispatch
 ) -> float:
-    """Seconds of a device and its host: what is sharded comes between the operators of the rest."""
+    """Seconds of a device and its host: what is sharded comes between the operators of the rest, chunk by chunk."""
     exposed = {phase.name: phase.exposed for phase in phases}
-    host = chunks * dispatch.memory / 2
-    exchanges = [
-        Stretch.one(host, sum(exposed.get(name, 0.0) for name in names) / memories)
-        for names in (_FORWARD, _BACKWARD)
-        for _ in range(memories)
-    ]
     ids = exposed["id tables"] / 2
     step = Stretch.one(_LEAD * dispatch.step, ids).then(stretches[0])
-    for exchange, operators in zip(exchanges, stretches[1:], strict=True):
-        step = step.then(exchange).then(operators)
+    for look_up, operators in enumerate(stretches[1:]):
+        names = _FORWARD if look_up < memories else _BACKWARD
+        device = sum(exposed.get(name, 0.0) for name in names) / memories
+        for _ in range(chunks):
+            step = step.then(Stretch.one(dispatch.memory / 2, device / chunks))
+        step = step.then(operators)
     return step.then(Stretch.one((1 - _LEAD) * dispatch.step, ids + exposed["dense gradients"])).span
 
 
@@ -214,8 +212,9 @@ def operator_seconds(op: Op, machine: Machine) -> float:
         # a GPU does both at once; what a CPU writes to fresh memory it waits for
         seconds = seconds + moving if machine.kind == "cpu" else max(seconds, moving)
     elif machine.index_select is not None and "index_select" in op.name:
-        numbers = op.out_elements * getattr(torch, op.dtype).itemsize / 4  # bytes move, where `index_add` adds numbers
-        seconds = numbers / machine.index_select.at(op.shapes[0][-1])
+        narrower = getattr(torch, op.dtype).itemsize / 4  # bytes move, where `index_add` adds numbers
+        width = op.shapes[0][-1] if len(op.shapes[0]) > 1 else 1
+        seconds = op.out_elements * narrower / machine.index_select.at(width * narrower)
     elif machine.index_add is not None and "index_add" in op.name:
         seconds = math.prod(op.shapes[-1]) / machine.index_add.at(op.shapes[-1][-1])
     elif "topk" in op.name:

@@ -147,8 +147,8 @@ class Machine(Part):
             raise ValueError("retrieve and retrieve_backward belong together; measure again, or leave both out")
         if len({getattr(self, name) is None for name in SINGLE}) == 2:
             raise ValueError(f"{', '.join(SINGLE)} belong together; measure again, or leave all of them out")
-        if self.kind == "cuda" and self.dispatch is None:
-            raise ValueError("a GPU's profile needs dispatch, what its host takes; measure again")
+        if self.kind == "cuda" and (self.dispatch is None or self.id_step is not None):
+            raise ValueError("a GPU's profile has dispatch, what its host takes, and no id_step; measure again")
         return self
 
     @property
@@ -204,6 +204,8 @@ def load_machine(name: str, near: Path | None = None) -> Machine:
             f"`msn calibrate --nproc RANKS --output {name}` writes one of this machine"
         )
     tree = read_yaml(path)
+    if "seconds" in (tree.get("dispatch") or {}):
+        raise InputError(f"{path}: is a profile of an earlier version; `msn calibrate --output {path}` writes it anew")
     if "copy_rate" not in tree:
         raise InputError(f"{path}: is no profile of a machine; `msn calibrate` writes one")
     return parse(Machine, tree, str(path))

@@ -86,7 +86,7 @@ class Stopclock:
         return self.mean(statistics.median(rounds))
 
     def host_seconds(self, steps: Sequence[Callable[[], Any]], calls: int) -> list[float]:
-        """What the host spends on one call of each, whatever the device has yet to do.
+        """What the host spends on one call of each, which has next to nothing for the device.
 
         They are timed in turns, so that a host which gets slower meanwhile does so in all of them.
         """
@@ -99,6 +99,7 @@ class Stopclock:
                     step()
                 if turn:
                     seconds.append((time.perf_counter() - start) / calls)
+        self.unsteady = max(self.unsteady, *(statistics.median(seconds) / min(seconds) for seconds in rounds))
         return [self._settled(seconds) for seconds in rounds]
 
     def mean(self, number: float) -> float:
