@@ -106,10 +106,9 @@ def main() -> None:
     shapes = list(SHAPES[chosen.device])
     if chosen.shapes is not None:
         shapes = [shapes[number] for number in chosen.shapes]
-    name = f"plan_{'order' if chosen.strategies else 'accuracy'}{'_cuda' * (chosen.device == 'cuda')}.csv"
     rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = chosen.keep or Path(temporary)
+    with tempfile.TemporaryDirectory() as name:
+        folder = chosen.keep or Path(name)
         folder.mkdir(exist_ok=True)
         most = ROWS[chosen.device] * (max(chosen.ranks) if chosen.device == "cuda" else 1)
         msn("prepare", "synthetic", str(folder / "data"), "--rows", str(2 * STEPS * most))
@@ -120,7 +119,8 @@ def main() -> None:
             calibrated(place, chosen.gib)
             for shape in shapes:
                 rows += compared(place, shape, chosen.strategies, chosen.rounds)
-    write_rows(name, rows)
+    name = "plan_order" if chosen.strategies else "plan_accuracy"
+    write_rows(f"{name}{'_cuda' * (chosen.device == 'cuda')}.csv", rows)
     if chosen.strategies:
         print(order(rows))
 

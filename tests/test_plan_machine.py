@@ -134,7 +134,9 @@ def test_a_profile_of_other_ranks_is_refused_on_a_cpu() -> None:
 def test_a_profile_of_an_earlier_version_is_refused_with_the_command_that_writes_it_anew(tmp_path: Path) -> None:
     tree = json.loads(load_machine("h200").model_dump_json()) | {"dispatch": {"seconds": 3e-5, "source": "measured"}}
     (tmp_path / "old.json").write_text(json.dumps(tree))
-    with pytest.raises(InputError, match="old.json: is a profile of an earlier version; `msn calibrate --output"):
+    with pytest.raises(
+        InputError, match="old.json: is a profile of an earlier version; `msn calibrate --nproc 1 --output"
+    ):
         load_machine(str(tmp_path / "old.json"))
 
 

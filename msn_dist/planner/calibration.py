@@ -123,7 +123,7 @@ def calibrate(
     dispatch = None
     if gpu:
         say("the host")
-        dispatch = _dispatch(clock, tiny_step)
+        dispatch = _dispatch(clock, tiny_step, say)
     unsteady = clock.most(clock.unsteady)
     crowded = not gpu and node.size() > len(os.sched_getaffinity(0))  # rounds differ then with nothing else about
     if unsteady > _STEADY and not crowded:
@@ -151,7 +151,7 @@ def link_between_nodes(
     return found.model_copy(update={"bandwidth": found.bandwidth * share, "points": points})
 
 
-def _dispatch(clock: Stopclock, tiny_step: Callable[[int, int], TinyStep]) -> Dispatch:
+def _dispatch(clock: Stopclock, tiny_step: Callable[[int, int], TinyStep], say: Say) -> Dispatch:
     """What the host spends on an operator, a memory and the rest of a training step: from steps that differ in these.
 
     The Python of modules, autograd, DistributedDataParallel and TorchRec is in it: several times what an operator
@@ -162,13 +162,11 @@ def _dispatch(clock: Stopclock, tiny_step: Callable[[int, int], TinyStep]) -> Di
     counts = [len(trace_step(config, schema, rows, "cuda").ops) for config, schema, rows, _ in steps]
     bare, deep, with_memories = clock.host_seconds([step for *_, step in steps], 10)
     operator = max(0.0, deep - bare) / (counts[1] - counts[0])
-    added = with_memories - bare - operator * (counts[2] - counts[0])
-    return Dispatch(
-        operator=operator,
-        memory=max(0.0, added) / memories,
-        step=max(0.0, bare - operator * counts[0]),
-        source="measured",
-    )
+    memory = max(0.0, with_memories - bare - operator * (counts[2] - counts[0])) / memories
+    step = max(0.0, bare - operator * counts[0])
+    if not (operator and memory and step):
+        say("note: what the host takes is lost in what else runs here, and stands as 0 in part; repeat it")
+    return Dispatch(operator=operator, memory=memory, step=step, source="measured")
 
 
 def _in_burst(clock: Stopclock, call: Callable[[], Tensor], result_bytes: int) -> float:

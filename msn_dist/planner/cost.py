@@ -73,9 +73,7 @@ class StepTime:
     """One training step of the busiest rank."""
 
     phases: list[Phase]
-    behind_host: float = (
-        0.0  # seconds of a device with its host; the sum of phases would tell layouts apart by rounding
-    )
+    behind_host: float = 0.0  # seconds of a device with its host; sums of phases would tell layouts apart by rounding
 
     @property
     def seconds(self) -> float:

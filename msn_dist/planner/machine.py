@@ -204,8 +204,9 @@ def load_machine(name: str, near: Path | None = None) -> Machine:
             f"`msn calibrate --nproc RANKS --output {name}` writes one of this machine"
         )
     tree = read_yaml(path)
-    if "seconds" in (tree.get("dispatch") or {}):
-        raise InputError(f"{path}: is a profile of an earlier version; `msn calibrate --output {path}` writes it anew")
+    if isinstance(dispatch := tree.get("dispatch"), dict) and "seconds" in dispatch:
+        again = f"`msn calibrate --nproc {tree.get('ranks', 'RANKS')} --output {path}`"
+        raise InputError(f"{path}: is a profile of an earlier version; {again} writes it anew")
     if "copy_rate" not in tree:
         raise InputError(f"{path}: is no profile of a machine; `msn calibrate` writes one")
     return parse(Machine, tree, str(path))
