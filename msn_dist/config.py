@@ -232,6 +232,7 @@ class IdOptimizerConfig(Part):
     """Row-wise Adagrad, fused into the backward of the id tables."""
 
     lr: PositiveFloat = 0.02
+    decay_every: ClassVar[int] = 8  # steps at once, since a pass over whole tables is dear
     decay: Fraction = Field(0.0, description="share of every embedding that a step forgets, read or not")
     init_std: NonNegativeFloat = 1e-4
 

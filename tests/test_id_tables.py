@@ -251,7 +251,7 @@ def test_memories_are_left_out() -> None:
 def test_too_little_room_is_told_to_the_byte() -> None:
     model, topology = Tables({"large": 1000, "small": 10}), ranks(1, 1, gib=1.0)
     need = held_W(planned(model, topology))[0]
-    with pytest.raises(NoRoom, match=r"rank 0 lacks 0\.000 GiB, mostly for bags\.large") as refusal:
+    with pytest.raises(NoRoom, match=r"rank 0 lacks 7 B, mostly for bags.large") as refusal:
         planned(model, topology, reserved=GIB - need + 7)
     assert (refusal.value.missing_bytes, refusal.value.rank, refusal.value.table) == (7, 0, "bags.large")
     with pytest.raises(NoRoom) as refusal:  # more is reserved than there is

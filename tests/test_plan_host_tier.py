@@ -174,6 +174,17 @@ def test_id_tables_that_only_the_host_tier_leaves_room_for_are_placed() -> None:
         assert set(found.id_tables["features.id_tables"]) == {"user", "item", "hour"}
 
 
+def test_where_rounding_is_allowed_16_bits_on_the_device_come_before_the_host_tier() -> None:
+    """Though a step takes as long, by the host."""
+    here = with_host(situation(1, 1, sub_keys=32_768, value_dim=32), host_gib=1500)
+    tiers = []
+    for rounding in (False, True):
+        found = plan(here, rounding=rounding, date="2026-01-01")
+        tiers.append((found.memory.tier, found.memory.value_dtype))
+        assert "with values on the device it lacks" in found.reason or rounding
+    assert tiers == [("host", "fp32"), ("device", "bf16")]
+
+
 def test_where_the_device_has_room_it_wins_and_the_host_tier_is_told_of() -> None:
     found = planned(with_host(situation(1, 1, rows=8192)))
     assert found.memory.tier == "device" and not found.host_storage
@@ -247,14 +258,14 @@ def test_the_host_tier_is_offered_where_the_topology_or_the_config_left_it_out()
 
 def test_it_is_said_when_host_memory_is_what_is_short() -> None:
     first, _, *changes = lines_of(planned(with_host(situation(1, 1, **LARGE), host_gib=300)))
-    before, _, after = first.partition(" In the host tier it lacks ")
+    before, _, after = first.partition(" In the host tier rank 0 lacks ")
     assert "rank 0 lacks" in before and "may fill 136 GiB" in before
     assert after.startswith("216.4 GiB") and " of host memory with row_pooled" in after and "may fill 300 GiB" in after
     assert not any("memory.tier" in line for line in changes)
     (narrower,) = [line for line in changes if "memory.value_dim" in line]
     assert "memory.value_dim=32" in narrower and ", host " in narrower
     first, *_ = lines_of(planned(with_host(situation(1, 1, gib=10, **LARGE), host_gib=2000)))
-    assert " In the host tier it lacks " in first and "may fill 10 GiB" in first and "of host memory" not in first
+    assert " In the host tier rank 0 lacks " in first and "may fill 10 GiB" in first and "of host memory" not in first
 
 
 @pytest.mark.parametrize("host_gib", [0, -1, float("inf")])

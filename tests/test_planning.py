@@ -11,6 +11,7 @@ import pytest
 
 from msn_dist.config import (
     DataConfig,
+    IdOptimizerConfig,
     MemoryConfig,
     OptimizerConfig,
     RankMixerConfig,
@@ -23,7 +24,7 @@ from msn_dist.data.schema import History, Schema
 from msn_dist.errors import InputError
 from msn_dist.planner.id_placement import place_ids
 from msn_dist.planner.id_tables import NoRoom
-from msn_dist.planner.machine import Machine, load_machine
+from msn_dist.planner.machine import Latency, Machine, load_machine
 from msn_dist.planner.plan_file import PlanFile, load_plan, write_plan
 from msn_dist.planner.planning import Infeasible, plan
 from msn_dist.planner.search import Search
@@ -108,9 +109,21 @@ def test_what_fits_only_with_rounding_is_planned_where_that_is_allowed(rows: int
     assert set(found.id_tables["features.id_tables"]) == {"user", "item", "hour"}
 
 
-@pytest.mark.parametrize(("nodes", "ranks_per_node"), [(1, 6), (3, 8)])
-def test_the_curves_over_ranks_have_the_planned_ones(nodes: int, ranks_per_node: int) -> None:
-    found = plan(situation(nodes, ranks_per_node), rounding=False, date="2026-01-01")
+def test_what_is_short_is_told_of_layouts_that_may_be_chosen() -> None:
+    """In 16 bits all would fit but id tables, of which none is spoken where that is not allowed."""
+    here = situation(1, 8, gib=80, sub_keys=32_768, value_dim=256)
+    here = replace(here, schema=SCHEMA.model_copy(update={"tables": SCHEMA.tables | {"user": 2_000_000_000}}))
+    exact, rounded = (str(plan(here, rounding=allowed, date="2026-01-01")) for allowed in (False, True))
+    assert "rank 0 lacks" in exact and "(values 128 GiB" in exact and "id tables not counted" in exact
+    assert "Beside all else, id tables: rank " in rounded and "mostly for features.id_tables.user" in rounded
+
+
+@pytest.mark.parametrize(("nodes", "ranks_per_node", "rounding"), [(1, 6, False), (3, 8, False), (8, 8, True)])
+def test_the_curves_over_ranks_have_the_planned_ones(nodes: int, ranks_per_node: int, rounding: bool) -> None:
+    found = plan(
+        situation(nodes, ranks_per_node, rows=8192 if rounding else 1024), rounding=rounding, date="2026-01-01"
+    )
+    assert (found.memory.wire != "fp32") == rounding
     of_ranks = dict(found.seconds_over_ranks[found.memory.strategy])
     assert of_ranks[nodes * ranks_per_node] == pytest.approx(found.seconds, rel=1e-12)  # a sum of phases rounds
 
@@ -233,7 +246,7 @@ def test_on_one_rank_every_strategy_is_planned_as_the_same() -> None:
     priced = [next(one for one in search.priced() if search.exact(one.layout)) for search in searches]
     assert {one.layout.lookup for one in priced} == {"triton"}
     assert len({one.time.device for one in priced}) == len({one.fullest for one in priced}) == 1
-    curves = searches[0].seconds_over_ranks("device", searches[0].ids)
+    curves = searches[0].seconds_over_ranks(priced[0].layout, searches[0].ids)
     assert len({tuple(curve[0]) for curve in curves.values()}) == 1
 
 
@@ -264,6 +277,34 @@ def test_histories_are_priced_by_their_mean_length_and_full_where_it_is_not_know
 
     assert seconds(50) > seconds(5)
     assert seconds(50, seen=5.0) == seconds(5)
+
+
+def test_lists_of_ids_are_held_by_their_mean_length() -> None:
+    here = situation(1, 8)
+    lists = replace(here, mean_lengths={"item": 50.0})
+    one, several = (Search(at).priced()[0].storage_W[0] for at in (here, lists))
+    more = 49 * here.rows * 8
+    assert several.batch - one.batch == 2 * more  # the next batch is there as well
+    assert several.activations - one.activations >= more  # ids that TorchRec keeps
+
+
+def test_id_tables_are_priced_with_their_decay_and_what_a_module_takes_besides_its_collectives() -> None:
+    here = situation(1, 8)
+    ids = place_ids(here, 0)
+    decay = here.config.optimizer.model_copy(update={"ids": IdOptimizerConfig(decay=1e-4)})
+    decaying = place_ids(here.with_config(here.config.model_copy(update={"optimizer": decay})), 0)
+    held = max(sum(4 * table.dim * table.rows_per_rank[rank] for table in ids.tables) for rank in range(8))
+    assert decaying.seconds - ids.seconds == pytest.approx(here.machine.pass_seconds(2 * held) / 8, rel=1e-6)
+    step = Latency(seconds=5e-3, source="measured")
+    measured = place_ids(replace(here, machine=here.machine.model_copy(update={"id_step": step})), 0)
+    collectives = 4 * here.machine.all_to_all.latency
+    assert measured.seconds - ids.seconds == pytest.approx(5e-3 - collectives, rel=1e-6)
+
+
+def test_a_memory_is_not_planned_for_gpus_that_the_kernels_do_not_run_on() -> None:
+    here = situation(1, 1)
+    with pytest.raises(InputError, match="has no rates of this project's kernels"):
+        replace(here, machine=here.machine.model_copy(update={"retrieve": None}))
 
 
 def test_more_popular_slots_make_asking_for_rows_once_cheaper() -> None:

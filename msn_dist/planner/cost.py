@@ -1,8 +1,8 @@
 """The time of a training step, phase by phase, from what it does and what the machine can do.
 
-    an operator      max(its latency, size / rate of its kind at that size)
-    a message        latency + what stays in the node / its bandwidth + what leaves it / that between nodes
-    look-ups         hits of the busiest owner / rate for rows of that width
+    an operator      max(its latency, size / rate of its kind at that size); a product on a CPU its moving besides
+    a message        the slower of what stays in the node and what leaves it, each latency + bytes / bandwidth
+    look-ups         hits of the busiest owner and distinct rows among them / their rates for rows of that width
     the host tier    rows that cross the host's link, in either direction / its bandwidth (`host_tier`)
     a phase          the sum of its parts; `hidden` is what other phases cover
 
@@ -43,7 +43,6 @@ from msn_dist.planner.layout import Layout
 from msn_dist.planner.load import Message, expected_bytes
 from msn_dist.planner.machine import Collective, Curve, Dispatch, Machine
 from msn_dist.planner.situation import Situation
-from msn_dist.planner.storage import batch_bytes
 from msn_dist.planner.topology import Topology
 
 WAITING, STRAGGLING = "waiting for the host", "waiting for ranks"
@@ -105,6 +104,7 @@ class ModelTime:
     optimizer: float
     parameter_bytes: int
     retrieval: float = 0.0  # of `memory`: in the forward, up to the look-up
+    batch_bytes: int = 0
     stretches: tuple[Stretch, ...] = ()  # of the whole step, parted by the look-ups of memories, forward and backward
 
     @classmethod
@@ -125,6 +125,7 @@ class ModelTime:
             memory=regions["retrieval"] + regions["gate"],
             optimizer=regions["optimizer"],
             parameter_bytes=sum(trace.parameters),
+            batch_bytes=trace.batch_bytes,
             retrieval=searching,
             stretches=stretches,
         )
@@ -164,7 +165,7 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
         Phase("id tables", id_seconds),
         _dense_gradients(model, machine, topology),
         Phase("optimizer", model.optimizer),
-        _batch(situation),
+        _batch(model.batch_bytes, machine),
     ]
     chunks = situation.memory.chunks if memories else 0
     if machine.straggling is not None and topology.world > 1:
@@ -349,12 +350,9 @@ def _straggling(phases: Sequence[Phase], together: int, share: Curve) -> Phase:
     return Phase(STRAGGLING, computing * share.of_work(computing / together))
 
 
-def _batch(situation: Situation) -> Phase:
+def _batch(size: int, machine: Machine) -> Phase:
     """Copied to a GPU beside the step before (data.on_device)."""
-    seconds = 0.0
-    if situation.machine.kind == "cuda":
-        size = batch_bytes(situation.schema, situation.rows)
-        seconds = size / situation.machine.host_link.at(size)
+    seconds = size / machine.host_link.at(size) if machine.kind == "cuda" else 0.0
     return Phase("batch to the device", seconds, hidden=seconds)
 
 

@@ -12,11 +12,11 @@ Shape suffixes: B rows, F features, M bags, L hits a bag, D value width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +44,7 @@ class StepTrace:
     """One step of one rank."""
 
     rows: int
+    batch_bytes: int  # of a batch, once
     device_type: str
     ops: tuple[Op, ...]
     spans: tuple[Span, ...]
@@ -52,22 +53,30 @@ class StepTrace:
     parameters: tuple[int, ...]  # bytes of each dense parameter
 
 
-def trace_step(config: RunConfig, schema: Schema, rows: int, device_type: str = "cpu") -> StepTrace:
+def trace_step(
+    config: RunConfig,
+    schema: Schema,
+    rows: int,
+    device_type: str = "cpu",
+    list_lengths: Mapping[str, float] = MappingProxyType({}),
+) -> StepTrace:
     """A step of `config` on a rank with a batch of `rows`, on a device of type "cpu" or "cuda".
 
-    Histories have all `max_length` events, and every id has one value.
+    Histories have all `max_length` events; of other columns with several ids in a row, `list_lengths` has the mean.
     """
     from msn_dist.models.loss import task_losses
     from msn_dist.models.ranker import Ranker
 
     on_gpu = device_type == "cuda"
+    full = {column: history.max_length for history in schema.histories.values() for column in history.columns}
+    ids_of = {key: round(rows * (full | list_lengths).get(key, 1)) for key in schema.sparse_keys}
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         with _Unfilled():
             model = Ranker(schema, config.model, config.memory, seed=0, device="meta")
         recorder = StepRecorder(
-            _events(schema, rows, config.model.attention), config.memory.top_k if config.memory else 0, on_gpu
+            _events(schema, rows, config.model.attention, ids_of), config.memory.top_k if config.memory else 0, on_gpu
         )
-        _put_stand_ins(model, rows, recorder, on_gpu)
+        _put_stand_ins(model, rows, ids_of, recorder, on_gpu)
         batch = _batch(schema, rows)
         dense = list(model.parameters())
         for parameter in dense:  # gradients lie in DistributedDataParallel's buckets, where they are copied at once
@@ -83,6 +92,7 @@ def trace_step(config: RunConfig, schema: Schema, rows: int, device_type: str = 
         _step_dense(dense, config.optimizer, recorder, on_gpu)
     return StepTrace(
         rows=rows,
+        batch_bytes=_batch_bytes(schema, rows, sum(ids_of.values())),
         device_type=device_type,
         ops=tuple(recorder.ops),
         spans=tuple(recorder.spans),
@@ -108,15 +118,20 @@ def _step_dense(dense: list[nn.Parameter], config: OptimizerConfig, recorder: St
     recorder.enter("end")
 
 
-def _events(schema: Schema, rows: int, attention: bool) -> list[int]:
+def _batch_bytes(schema: Schema, rows: int, ids: int) -> int:
+    """Of data.batch.Batch: int64 ids, their lengths and groups, float32 numbers and labels."""
+    return 8 * ids + rows * (8 * (len(schema.sparse_keys) + 1) + 4 * (len(schema.dense) + len(schema.labels)))
+
+
+def _events(schema: Schema, rows: int, attention: bool, ids_of: Mapping[str, int]) -> list[int]:
     """Events that each look at the lists of histories finds, in the order in which Features takes them."""
     if not attention:
         return []
     histories = {name: rows * history.max_length for name, history in schema.histories.items()}
     attended = {schema.table_of(column) for history in schema.histories.values() for column in history.columns}
-    ids = sum(schema.table_of(name) in attended for name in schema.ids)
+    ids = sum(ids_of[name] for name in schema.ids if schema.table_of(name) in attended)
     columns = sum(histories[name] * len(history.columns) for name, history in schema.histories.items())
-    return [ids * rows + columns, *(events for name in histories for events in (histories[name],) * 2)]
+    return [ids + columns, *(events for name in histories for events in (histories[name],) * 2)]
 
 
 def _batch(schema: Schema, rows: int) -> Any:
@@ -129,15 +144,14 @@ def _batch(schema: Schema, rows: int) -> Any:
     )
 
 
-def _put_stand_ins(model: Ranker, rows: int, recorder: StepRecorder, on_gpu: bool) -> None:
-    """In place of what is sharded, and of what runs in kernels of this project."""
-    features, schema, width = model.features, model.schema, model.model.embedding_dim
-    events = {c: h.max_length for h in schema.histories.values() for c in h.columns}
+def _put_stand_ins(model: Ranker, rows: int, ids_of: Mapping[str, int], recorder: StepRecorder, on_gpu: bool) -> None:
+    """In place of what is sharded, and of what runs in kernels of this project; `ids_of` columns in all rows."""
+    features, width = model.features, model.model.embedding_dim
     if features.id_tables is not None:
-        ids = sum(events.get(key, 1) for key in features.pooled_keys)
+        ids = sum(ids_of[key] for key in features.pooled_keys) / rows
         features.id_tables = _IdTables(recorder, rows, features.pooled_keys, ids, width)
     if features.sequence_tables is not None:
-        lists = {key: rows * events.get(key, 1) for key in features.sequence_keys}
+        lists = {key: ids_of[key] for key in features.sequence_keys}
         features.sequence_tables = _SequenceTables(recorder, lists, width)
     for memory in model.memories().values():
         memory.values = _Values(recorder, memory.values.dim)
@@ -182,7 +196,7 @@ class _Values(nn.Module):
 class _IdTables(nn.Module):
     """Takes and gives what a sharded EmbeddingBagCollection does."""
 
-    def __init__(self, recorder: StepRecorder, rows: int, keys: list[str], ids: int, width: int) -> None:
+    def __init__(self, recorder: StepRecorder, rows: int, keys: list[str], ids: float, width: int) -> None:
         """`ids` of all keys of a row."""
         super().__init__()
         self.recorder, self.keys = recorder, keys

@@ -10,7 +10,8 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
 from msn_dist.models.features import Features
-from msn_dist.planner.id_tables import plan_id_tables
+from msn_dist.planner.id_estimates import Links
+from msn_dist.planner.id_tables import COLLECTIVES, plan_id_tables
 from msn_dist.planner.plan import TableShards
 from msn_dist.planner.situation import Situation
 
@@ -49,5 +50,10 @@ def place_ids(situation: Situation, reserved_bytes: int) -> IdPlan:
         for table, placement in placements.items():
             rows, dim = weights[f"{path}.{part}.{table}.weight"].shape
             tables.append(TableShards(path, table, "ids", rows, dim, placement.sharding, placement.rows_per_rank))
-    modules = 0.0 if machine.id_step is None else machine.id_step.seconds
-    return IdPlan(tables, modules + max(placed.seconds_W))
+    seconds = max(placed.seconds_W)
+    if machine.id_step is not None:  # of one module, whose collectives the plan has too
+        seconds += max(0.0, machine.id_step.seconds - COLLECTIVES["row_wise"] * Links(topology, machine).latency)
+    if config.optimizer.ids.decay:  # of all rows, read and written
+        bytes_W = (sum(t.rows_per_rank[rank] * t.dim * 4 for t in tables) for rank in range(topology.world))
+        seconds += machine.pass_seconds(2 * max(bytes_W)) / config.optimizer.ids.decay_every
+    return IdPlan(tables, seconds)

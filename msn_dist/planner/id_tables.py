@@ -30,8 +30,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from msn_dist.planner.id_estimates import SHARDINGS, IdEstimator, IdOptions, IdTable, Links, id_tables_of
 from msn_dist.planner.machine import Machine
 from msn_dist.planner.topology import Topology
+from msn_dist.units import binary
 
-_COLLECTIVES = {"table_wise": 4, "table_row_wise": 6, "row_wise": 4}  # lengths, ids, sums, gradients
+COLLECTIVES = {"table_wise": 4, "table_row_wise": 6, "row_wise": 4}  # lengths, ids, sums, gradients
 _STEPS = 32  # for each way of cutting; with more tables than this, several are cut at once
 _AS_FAST = 1.05  # so close to the fastest, the plan that fills its fullest rank least is the better one
 
@@ -59,7 +60,7 @@ class NoRoom(Exception):
     """Nothing fits: in the nearest plan `rank` lacks `missing_bytes`, and `table` (path and name) takes most of it."""
 
     def __init__(self, missing_bytes: int, rank: int, table: str) -> None:
-        super().__init__(f"id tables: rank {rank} lacks {missing_bytes / 2**30:.3f} GiB, mostly for {table}")
+        super().__init__(f"id tables: rank {rank} lacks {binary(missing_bytes)}, mostly for {table}")
         self.missing_bytes, self.rank, self.table = missing_bytes, rank, table
 
 
@@ -180,7 +181,7 @@ class _Search(Proposer, Partitioner):
             seconds_NR[where] += _seconds(option)
             first_rank[option.fqn] = first
         together = {(option.path, option.sharding_type) for option in options}  # TorchRec sends these in one message
-        latency = self._latency * sum(_COLLECTIVES[sharding] for _, sharding in together)
+        latency = self._latency * sum(COLLECTIVES[sharding] for _, sharding in together)
         return _Deal(options, first_rank, bytes_NR.ravel(), seconds_NR.ravel() + latency)
 
     def _least(self, bytes_X: np.ndarray, seconds_X: np.ndarray, option: ShardingOption) -> int:

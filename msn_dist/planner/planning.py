@@ -32,7 +32,7 @@ def plan(situation: Situation, rounding: bool, date: str, say: Say = lambda line
     """
     traces: dict[str, StepTrace] = {}
     try:
-        search = Search(situation, traces)
+        search = Search(situation, traces, rounding="allowed" if rounding else "told")
     except NoRoom as lack:
         return Infeasible(explained(situation, f"Beside all else, {lack}", traces, say))
     priced = search.priced()
@@ -75,7 +75,7 @@ def plan(situation: Situation, rounding: bool, date: str, say: Say = lambda line
             )
             for one in (rivals if situation.memory else ())
         ],
-        seconds_over_ranks=search.seconds_over_ranks(layout.tier, chosen.ids),
+        seconds_over_ranks=search.seconds_over_ranks(layout, chosen.ids),
     )
 
 

@@ -3,8 +3,8 @@
 A layout is a strategy, what values are stored and travel as, and the memory that they lie in.  two_level stands there
 in groups of the size that takes the least time; what it holds does not depend on it.
 
-Layouts that round more than the config says (16 bits a value, 16 or 8 on the wire) are priced as well, and chosen if
-that is allowed.
+Layouts that round more than the config says (16 bits a value, 16 or 8 on the wire) are priced as well: to be chosen if
+that is allowed, else to tell what it would gain.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import get_args
+from typing import Literal, get_args
 
 from msn_dist.config import MemoryConfig, Strategy
 from msn_dist.errors import InputError
@@ -30,6 +30,7 @@ from msn_dist.planner.storage import Storage, rank_storage
 _NARROWER = {"fp32": ("fp32", "bf16"), "bf16": ("bf16",), "fp16": ("fp16",)}
 _ROUNDING, _WORTH = 3, 0.99  # layouts that round more are priced in full if they are among the fastest and win so much
 _WIRES = ("fp32", "bf16", "fp16", "int8")
+Rounding = Literal["allowed", "told", "left out"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ class Priced:
 class Search:
     """Traces the model once; every layout is then a matter of arithmetic.
 
-    `traces` keeps traces from one search to the next, and `ids` may be a placement that is good enough; without
-    `rounding` layouts that round more than the config are left out.  NoRoom if the id tables fit beside no layout.
+    `traces` keeps traces from one search to the next, and `ids` may be a placement that is good enough.  Of layouts
+    that round more than the config, with `rounding` "told" those are priced that are faster than what fits; "allowed"
+    ones may also be the only ones that fit.  NoRoom if the id tables fit beside no layout that may be chosen.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Search:
         traces: dict[str, StepTrace] | None = None,
         ids: IdPlan | None = None,
         *,
-        rounding: bool = True,
+        rounding: Rounding = "allowed",
     ) -> None:
         self.situation, self._rounding = situation, rounding
         self.trace = _traced(situation, {} if traces is None else traces)
@@ -91,16 +93,20 @@ class Search:
     def priced(self) -> list[Priced]:
         """Those that fit by time, then the others by what they lack.
 
-        Of layouts that round more than the config, the fastest few; if none of all these fits, the fastest that does.
+        Of layouts that round more than the config, the fastest few that are faster than all that fit; the fastest on
+        the device that fits if nothing else does there, or in the host tier if nothing does at all.
         """
-        exact = min(self._times[layout].seconds for layout in self._by_time if self.exact(layout))
-        faster = [layout for layout in self._by_time if self._times[layout].seconds < _WORTH * exact]
-        rounding = [layout for layout in faster if not self.exact(layout) and self._may_fit(layout)][:_ROUNDING]
-        priced = [self._price(layout) for layout in self._by_time if layout in rounding or self.exact(layout)]
-        if all(one.short for one in priced):
-            left = [one for one in self._by_time if one not in rounding and not self.exact(one) and self._may_fit(one)]
-            others = map(self._price, left)
-            priced += [one for one in others if not one.short][:1]
+        priced = [self._price(layout) for layout in self._by_time if self.exact(layout)]
+        rounding = [layout for layout in self._by_time if not self.exact(layout) and self._may_fit(layout)]
+        allowed = self._rounding == "allowed"
+        least = min((one.time.seconds for one in priced if not one.short), default=math.inf if allowed else 0.0)
+        faster = [layout for layout in rounding if self._times[layout].seconds < _WORTH * least][:_ROUNDING]
+        priced += map(self._price, faster)
+        left = [layout for layout in rounding if layout not in faster] if allowed else []
+        for tier, instead in (("device", ("device",)), ("host", ("device", "host"))):
+            if not any(one.layout.tier in instead and not one.short for one in priced):
+                of_tier = (self._price(layout) for layout in left if layout.tier == tier)
+                priced += filter(None, [next((one for one in of_tier if not one.short), None)])
         return sorted(priced, key=lambda one: (one.short, *_order(one)))
 
     def fastest(self) -> Priced | None:
@@ -137,7 +143,8 @@ class Search:
         """Bytes of the fullest rank without id tables: least of exact layouts on the device, of exact ones, of all."""
         device = [layout for layout in self.layouts if self.exact(layout) and layout.tier == "device"]
         host = [layout for layout in self.layouts if self.exact(layout) and layout.tier == "host"]
-        rounding = [layout for layout in self.layouts if not self.exact(layout) and self._may_fit(layout)]
+        allowed = self.layouts if self._rounding == "allowed" else []
+        rounding = [layout for layout in allowed if not self.exact(layout) and self._may_fit(layout)]
         least = math.inf
         for layouts in (device, host, rounding):
             totals = (max(storage.total for storage in self._storage_W(layout, [])) for layout in layouts)
@@ -146,7 +153,8 @@ class Search:
 
     def _may_fit(self, layout: Layout) -> bool:
         """Whether its tables alone do: how much a step needs beside them can take seconds to find out."""
-        return self.situation.least_table_bytes(layout.value_dtype) <= self.situation.topology.device_bytes
+        least = self.situation.least_table_bytes(layout.value_dtype, layout.tier)
+        return least <= self.situation.topology.device_bytes
 
     def _price(self, layout: Layout) -> Priced:
         """Id tables lie as beside the layout that needs least; where that is too much, in the room beside this one."""
@@ -172,10 +180,10 @@ class Search:
         memory = self.situation.memory
         return memory is None or (layout.wire, layout.value_dtype) == (memory.wire, memory.value_dtype)
 
-    def seconds_over_ranks(self, tier: str, ids: IdPlan) -> dict[str, list[list[float]]]:
+    def seconds_over_ranks(self, chosen: Layout, ids: IdPlan) -> dict[str, list[list[float]]]:
         """{strategy: [[ranks, seconds a step], ...]} on more and fewer nodes, with as many rows a rank.
 
-        The id tables are taken to cost what they do on the planned ranks.
+        Values are stored and travel as in the chosen layout, and the id tables are taken to cost what they do there.
         """
         here, memory = self.situation, self.situation.memory
         curves: dict[str, list[list[float]]] = {}
@@ -185,8 +193,8 @@ class Search:
             config = here.config.model_copy(update={"data": data})
             there = replace(here, config=config, topology=topology)
             for strategy in get_args(Strategy) if memory else ():
-                if _why_not(there, strategy) is None and tier in _tiers(there, strategy, memory.value_dtype):
-                    layout = there.layout(strategy, memory.wire, memory.value_dtype, tier)
+                if _why_not(there, strategy) is None and chosen.tier in _tiers(there, strategy, chosen.value_dtype):
+                    layout = there.layout(strategy, chosen.wire, chosen.value_dtype, chosen.tier)
                     layout = in_best_groups(there, layout, self._model)
                     seconds = step_time(there, layout, self._model, ids.seconds).seconds
                     curves.setdefault(strategy, []).append([topology.world, seconds])
@@ -202,9 +210,9 @@ class Search:
         if world == 1:  # all strategies are one, and nothing travels
             possible, wires = ["row_pooled"], [memory.wire]
         else:
-            wires = _WIRES[_WIRES.index(memory.wire) :] if self._rounding else [memory.wire]
+            wires = _WIRES[_WIRES.index(memory.wire) :] if self._rounding != "left out" else [memory.wire]
         for strategy in possible:
-            for dtype in value_dtypes(memory) if self._rounding else [memory.value_dtype]:
+            for dtype in value_dtypes(memory) if self._rounding != "left out" else [memory.value_dtype]:
                 for wire, tier in product(wires, _tiers(self.situation, strategy, dtype)):
                     layout = self.situation.layout(strategy, wire, dtype, tier)
                     yield in_best_groups(self.situation, layout, self._model)
@@ -284,11 +292,12 @@ def _sizes(situation: Situation) -> list:
 
 def _traced(situation: Situation, traces: dict[str, StepTrace]) -> StepTrace:
     config = situation.config
+    kind = situation.machine.kind
     depends_on = (situation.rows, config.model, config.memory, config.training.precision, config.optimizer.dense)
     key = "|".join(map(str, depends_on))
     if key not in traces:
         with _possible_sizes(situation):
-            traces[key] = trace_step(config, situation.schema, situation.rows, situation.machine.kind)
+            traces[key] = trace_step(config, situation.schema, situation.rows, kind, situation.list_lengths)
     return traces[key]
 
 

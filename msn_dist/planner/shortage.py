@@ -46,9 +46,10 @@ def _lack_of(least: Priced, situation: Situation, search: Search) -> str:
     """Of the fullest rank."""
     how = f" with {least.layout}, which needs least" if situation.memory else ""
     if least.short_of_host:
-        host = max((storage.host for storage in least.storage_W), key=lambda host: host.total)
+        rank = max(range(len(least.storage_W)), key=lambda rank: least.storage_W[rank].host.total)
+        host = least.storage_W[rank].host
         return (
-            f"In the host tier it lacks {binary(least.short_of_host)} of host memory{how}: it would take "
+            f"In the host tier rank {rank} lacks {binary(least.short_of_host)} of host memory{how}: it would take "
             f"{binary(host.total)} (values {binary(host.values)}, their copy for a checkpoint and all else in it "
             f"{binary(host.checkpoint)}) and may fill {binary(least.host_capacity)}"
         )
@@ -56,7 +57,7 @@ def _lack_of(least: Priced, situation: Situation, search: Search) -> str:
     largest = sorted(least.storage_W[rank].kinds.items(), key=lambda kind: -kind[1])[:3]
     parts = ", ".join(f"{name.replace('_', ' ')} {binary(size)}" for name, size in largest)
     ids = "" if search.ids.tables else ", id tables not counted"
-    who = f"rank {rank} lacks" if least.layout.tier == "device" else "In the host tier it lacks"
+    who = f"rank {rank} lacks" if least.layout.tier == "device" else f"In the host tier rank {rank} lacks"
     return (
         f"{who} {binary(least.short)}{how}: it would take {binary(least.fullest)} "
         f"({parts}, ...{ids}) and may fill {binary(least.capacity)}"
@@ -113,7 +114,7 @@ def _fitting(change: Change, traces: dict[str, StepTrace], say: Say) -> Priced |
         return None
     say(f"trying {change.name}")
     try:
-        found = Search(changed, traces, rounding=False).fastest()
+        found = Search(changed, traces, rounding="left out").fastest()
     except NoRoom:
         return None
     to_the_host = "memory.tier" in change.settings

@@ -100,6 +100,11 @@ class Situation:
         if memory is None:
             return
         no_gpu = "the kernels need a CUDA GPU, and the topology's ranks are CPUs" if kind == "cpu" else None
+        if kind == "cuda" and self.machine.retrieve is None:
+            raise InputError(
+                f"the profile of {self.machine.name} has no rates of this project's kernels, which do not run there: a "
+                "memory on such GPUs can be trained, but not planned; take GPUs of compute capability 8.0 or more"
+            )
         reasons = {
             ("lookup", "triton"): no_gpu or sizes.why_no_lookup(self.dim),
             ("lookup", "fbgemm"): self._why_not_in_fbgemm(memory.value_dtype),
@@ -124,6 +129,11 @@ class Situation:
         if self.memory.retrieval == "reference":
             return "memory.retrieval=reference"
         return sizes.why_no_retrieval(self.memory.top_k, self.memory.sub_keys, self.memory.key_dim)
+
+    @property
+    def list_lengths(self) -> dict[str, float]:
+        """Mean ids in a row of the columns that have several, where known; without histories, which count as full."""
+        return {key: self.mean_lengths[key] for key in self.schema.ids if key in self.mean_lengths}
 
     @property
     def rows(self) -> int:
@@ -156,17 +166,18 @@ class Situation:
         """D_v."""
         return self.memory.value_dim or self.config.model.width
 
-    def least_table_bytes(self, value_dtype: str | None = None) -> int:
+    def least_table_bytes(self, value_dtype: str | None = None, tier: str = "host") -> int:
         """Values, or their cache, and optimizer state of all tables on a rank's device, if they are cut evenly.
 
-        Values are stored as the config says, or as `value_dtype`.
+        Values are stored as the config says, or as `value_dtype`; on a host that can have them they take least.
         """
         if self.memory is None:
             return 0
-        row = self.dim * VALUE_DTYPES[value_dtype or self.memory.value_dtype].itemsize
+        value_dtype = value_dtype or self.memory.value_dtype
+        row = self.dim * VALUE_DTYPES[value_dtype].itemsize
         rows = self.slots // self.topology.world
         values = rows * row
-        if self.why_no_host_tier(strategy="row_pooled", value_dtype=value_dtype or self.memory.value_dtype) is None:
+        if tier == "host" and self.why_no_host_tier(strategy="row_pooled", value_dtype=value_dtype) is None:
             values = min(values, cache_bytes(rows, row, self.memory.cache))
         return self.memories * (values + rows * state_bytes(self.optimizer, self.dim))
 

@@ -55,7 +55,7 @@ class LookUp:
 
     kind: str  # "ids" (summed embeddings), "sequences" (the embeddings themselves) or "memory"
     bags: int  # M: rows of its output
-    hits: int  # L: of a bag
+    hits: float  # L: of a bag; of id tables all ids of a row
     dim: int  # D: columns of its output
     itemsize: int = 4  # bytes of a number of it
 

@@ -132,7 +132,7 @@ def rank_storage(
                 cache=memories * cache_bytes(value_rows, row_bytes, config.memory.cache) if on_host else 0,
                 usage=memories * counted_rows * _USAGE,
                 dense_gradients=(2 if on_gpu else 1) * dense,
-                batch=(2 if on_gpu else 1) * batch_bytes(schema, trace.rows),  # a GPU is sent one ahead
+                batch=(2 if on_gpu else 1) * trace.batch_bytes,  # a GPU is sent one ahead
                 activations=activations,
                 margin=int(_FRAGMENTATION * activations) if on_gpu else 0,
                 host=HostStorage(values, values + sum(saved.values())) if on_host else HostStorage(),
@@ -159,12 +159,6 @@ def memory_rows(config: RunConfig, layout: Layout, rank: int) -> tuple[int, int,
 def slots_of(config: RunConfig) -> int:
     """n of one memory."""
     return config.memory.sub_keys**2 * config.memory.parts(config.model.tokens)
-
-
-def batch_bytes(schema: Schema, rows: int) -> int:
-    """Of data.batch.Batch with full histories: int64 ids and lengths, float32 numbers and labels, int64 groups."""
-    values = len(schema.ids) + sum(h.max_length * len(h.columns) for h in schema.histories.values())
-    return rows * (8 * (values + len(schema.sparse_keys) + 1) + 4 * (len(schema.dense) + len(schema.labels)))
 
 
 def _step(
@@ -195,7 +189,7 @@ def _held_by_ids(world: int, look_up: LookUp, id_dims: int) -> ExchangeBytes:
     rows of all ranks; those read as sequences are cut by rows, and a rank has its share of the events of all.
     """
     output = 4 * look_up.bags * look_up.dim
-    kept = 8 * look_up.bags * (look_up.hits + 1)
+    kept = round(8 * look_up.bags * (look_up.hits + 1))
     if world == 1:
         return ExchangeBytes(kept, 0, False, 2 * output, output)
     looked_up = 4 * look_up.bags * (world * id_dims if look_up.kind == "ids" else look_up.dim)

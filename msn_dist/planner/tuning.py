@@ -66,7 +66,7 @@ def tune(situation: Situation, most_seconds: float | None, rounding: bool, say: 
             continue
         where = (candidate.topology.world, candidate.rows)
         try:
-            search = Search(candidate, traces, placed.get(where), rounding=False)
+            search = Search(candidate, traces, placed.get(where), rounding="left out")
             priced = search.fastest()
         except (NoRoom, InputError) as error:
             refused = error

@@ -11,8 +11,6 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from msn_dist.config import OptimizerConfig
 from msn_dist.sharding import ShardedMemoryValues
 
-_FORGET_EVERY = 8  # steps; a pass over whole tables is dear, and this is the same within a fraction of the decay
-
 
 class Optimizers:
     """Steps the dense parameters, and tells the fused optimizers their rate before each step.
@@ -47,7 +45,7 @@ class Optimizers:
     def set_rates(self, step: int) -> float:
         """Set all rates for step `step` (from 0) before its forward; returns the dense one."""
         dense, ids, values = self.rates(step)
-        if self._config.ids.decay and step % _FORGET_EVERY == 0:
+        if self._config.ids.decay and step % self._config.ids.decay_every == 0:
             self._forget(ids / self._config.ids.lr)
         for optimizers, rate in (([self.dense], dense), (self._ids, ids), (self._values, values)):
             for optimizer in optimizers:
@@ -84,7 +82,7 @@ class Optimizers:
         FBGEMM's own weight decay reaches the rows that a step reads only, and on a CPU not even those.
         """
         if self._embeddings:  # a rank may hold no table
-            torch._foreach_mul_(self._embeddings, (1 - self._config.ids.decay * factor) ** _FORGET_EVERY)
+            torch._foreach_mul_(self._embeddings, (1 - self._config.ids.decay * factor) ** self._config.ids.decay_every)
 
     def step(self) -> None:
         """Clip the dense gradients, which are the same on every rank, and step."""
