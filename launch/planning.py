@@ -119,7 +119,7 @@ def plan(
         if value is not None and not 0 < value <= most:  # also NaN
             raise InputError(f"{name} {value}: must be above 0 and at most {most:g}")
     if tune and output is not None:
-        raise InputError("--output: --tune makes no plan; take one of its lines as KEY=VALUE and plan again")
+        raise InputError("--output: --tune makes no plan; leave it out, and plan one of its lines")
     if output is not None:
         _require_writable(output, "plan", of_all="seconds_over_ranks")
     if zipf is not None and usage is not None:
@@ -150,6 +150,11 @@ def plan(
             print("no candidate of --tune is within the limits; take more nodes, or raise the limits", file=sys.stderr)
             return 3
         console.print(tuned_table(found))
+        first = found[0]
+        command = ["msn", "plan", str(config_path), *overrides, *first.overrides, "--topology", str(topology_path)]
+        nodes = first.situation.topology.nodes
+        more = f", with nodes: {nodes} in the topology" if nodes != topology.nodes else ""
+        console.print(f"the first as a plan{more}: {shlex.join(command)}", soft_wrap=True)
         return 0
     with console.status("planning") as status:
         found = planning.plan(situation, rounding, date.today().isoformat(), status.update)

@@ -65,5 +65,5 @@ def test_a_step_is_timed_without_its_reader_and_without_the_log(device: str, clo
         clock.passes(LOGGING)
     assert watch.seconds == pytest.approx(COMPUTING)
     assert [step for step, text in enumerate(said, start=1) if text] == [STEPS]
-    assert said[STEPS - 1].startswith("plan: 1000.0 ms a step, took 2000.0 ms (+100%)")
+    assert said[STEPS - 1].startswith("plan: 1000.0 ms a step (-50%), took 2000.0 ms")
     assert watch.bytes == (7 if device == "cuda" else None)

@@ -92,7 +92,7 @@ def test_planned_run_shows_plan_forecast_and_rivals(tmp_path: Path) -> None:
         "Rank 1, the fullest, takes 12 GiB of the 16 GiB that it may fill, the dashed line.",
         "dense network 20 sums home 2 + 4 hidden update 3",
         "The dashed line is a step as measured, 26 ms.",
-        "time of a step 25 ms 26 ms +4.0%",
+        "time of a step 25 ms 26 ms -3.8%",
         "tensors of rank 0, at most 9 GiB - -",
         "row_pooled fp32 bf16 25 ms 12 GiB chosen row_gather fp32 bf16 30 ms 20 GiB lacks 4.0 GiB",
     ):

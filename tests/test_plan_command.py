@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from two_ranks import msn_launched
 from msn_dist.config import dump_config
 from msn_dist.launch import cli
 from msn_dist.launch.cli import main
-from msn_dist.planner import calibration, stopclock
+from msn_dist.planner import calibration, stopclock, tuning
 from msn_dist.planner.machine import Machine, device_name, load_machine
 from msn_dist.planner.plan_file import load_plan
 from msn_dist.training.ranks import Ranks
@@ -85,6 +86,20 @@ def test_the_command_that_trains_by_a_plan_is_printed_as_it_is_to_be_run(
     assert shlex.split(command) == ["msn", "train", str(folder / "config.yaml"), "--plan", str(place), "--nproc", "2"]
 
 
+def test_what_tune_finds_is_printed_as_a_plan_to_be_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(tuning, "_SCALES", {name: (1,) for name in tuning._SCALES} | {"sub_keys": (1, 2)})
+    assert msn("plan", folder / "config.yaml", "--topology", folder / "topology.yaml", "--tune") == 0
+    table, command = capsys.readouterr().out.split("the first as a plan: ")
+    sub_keys, *_, milliseconds, _, _ = table.splitlines()[2].split()
+    assert msn(*shlex.split(command)[1:]) == 0
+    slots, of_step = f"{int(sub_keys) ** 2:,} slots", float(milliseconds)
+    printed = capsys.readouterr().out
+    assert slots in printed
+    assert float(re.search(r"critical path +([\d.]+)", printed)[1]) == pytest.approx(of_step, rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "topology.yaml", "profile.json"])
 def test_a_plan_is_not_written_over_what_is_none(name: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
     if name == "profile.json":
@@ -121,7 +136,7 @@ def test_a_run_lies_as_planned(run: tuple[str, RunDirectory]) -> None:
 def test_a_run_tells_how_its_steps_compare_with_the_plan(run: tuple[str, RunDirectory]) -> None:
     printed, directory = run
     lines = [line for line in printed.splitlines() if line.startswith("plan: ")]
-    assert len(lines) == 1 and "ms a step, took" in lines[0]
+    assert len(lines) == 1 and re.fullmatch(r"plan: [\d.]+ ms a step \([+-]\d+%\), took [\d.]+ ms", lines[0])
     forecast = directory.summary()["forecast"]
     assert forecast["seconds_planned"] == pytest.approx(directory.planned().seconds)
     assert forecast["seconds_measured"] > 0

@@ -36,6 +36,18 @@ class Tuned:
         return self.situation.slots * self.situation.dim
 
     @property
+    def overrides(self) -> list[str]:
+        """Of the config it was made from; its nodes are the topology's."""
+        memory = self.situation.memory
+        return [
+            f"memory.sub_keys={memory.sub_keys}",
+            f"memory.top_k={memory.top_k}",
+            f"memory.value_dim={self.situation.dim}",
+            f"memory.value_dtype={memory.value_dtype}",
+            f"data.batch_size={self.situation.config.data.batch_size}",
+        ]
+
+    @property
     def rank_seconds(self) -> float:
         """Time of all ranks for a row."""
         return self.priced.time.seconds * self.situation.topology.world / self.situation.config.data.batch_size
@@ -83,9 +95,9 @@ def tune(situation: Situation, most_seconds: float | None, rounding: bool, say: 
 
 
 def tuned_table(found: list[Tuned]) -> Table:
-    """80 columns; rows and microseconds of a rank."""
+    """80 columns; microseconds of a rank."""
     table = Table(title="what nothing else beats", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("sub_keys", "k", "D_v", "values", "ranks", "rows", "strategy", "ms", "us/row", "GiB"):
+    for name in ("sub_keys", "k", "D_v", "values", "ranks", "rows/rank", "strategy", "ms", "us/row", "GiB"):
         table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
     for one in found:
         here, memory, priced = one.situation, one.situation.memory, one.priced

@@ -49,11 +49,11 @@ class Forecast:
 
     def __str__(self) -> str:
         said, took = 1e3 * self._plan.seconds, 1e3 * self.seconds
-        text = f"plan: {said:.1f} ms a step, took {took:.1f} ms ({took / said - 1:+.0%})"
+        text = f"plan: {said:.1f} ms a step ({said / took - 1:+.0%}), took {took:.1f} ms"
         if self.bytes is not None:
             planned = self._planned_bytes()
-            text += f"; {planned / 2**30:.2f} GiB of tensors at most, took {self.bytes / 2**30:.2f}"
-            text += f" ({self.bytes / planned - 1:+.1%})"
+            text += f"; {planned / 2**30:.2f} GiB of tensors at most ({planned / self.bytes - 1:+.1%})"
+            text += f", took {self.bytes / 2**30:.2f}"
         return text
 
     def summary(self) -> dict[str, Any]:

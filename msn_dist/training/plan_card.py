@@ -105,9 +105,9 @@ def _compared(plan: PlanFile, forecast: Record) -> Grid:
         ("tensors of rank 0, at most", plan.allocated_W[0], forecast.get("bytes_measured"), binary),
     ]
     return Grid(
-        ["", "planned", "measured", "difference"],
+        ["", "planned", "measured", "plan off by"],
         [
-            [name, show(said), *(("-", "-") if took is None else (show(took), f"{took / said - 1:+.1%}"))]
+            [name, show(said), *(("-", "-") if took is None else (show(took), f"{said / took - 1:+.1%}"))]
             for name, said, took, show in quantities
         ],
     )
