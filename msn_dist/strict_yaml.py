@@ -97,6 +97,8 @@ def _explain(kind: type[Part], error: ValidationError, place: str) -> str:
         elif problem["type"].startswith("union_tag"):
             key = problem["ctx"]["discriminator"].strip("'")
             path, message = f"{path}.{key}", "must be one of " + ", ".join(sorted(kind.union_tags))
+        elif problem["type"] == "model_type":
+            message = f"must have keys of its own, found {problem['input']!r}"
         elif problem["type"] != "value_error":
             message = f"{message[0].lower()}{message[1:]}, found {problem['input']!r}"
         lines.append(f"{place}: {path}: {message}" if path else f"{place}: {message}")

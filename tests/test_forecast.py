@@ -48,6 +48,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def test_a_run_of_few_steps_is_not_compared(clock: Clock) -> None:
+    """All would be warm-up."""
+    ranks = SimpleNamespace(rank=0, device=torch.device("cpu"))
+    watch = forecast.Forecast(SimpleNamespace(seconds=1.0, allocated_W=[14]), ranks, 4)
+    assert [watch.after(step) for step, _ in enumerate(watch.watched(range(4)), start=1)] == [None] * 4
+    assert watch.seconds is None
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_step_is_timed_without_its_reader_and_without_the_log(device: str, clock: Clock) -> None:
     def batches():

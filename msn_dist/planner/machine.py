@@ -204,9 +204,12 @@ def load_machine(name: str, near: Path | None = None) -> Machine:
             f"`msn calibrate --nproc RANKS --output {name}` writes one of this machine"
         )
     tree = read_yaml(path)
-    if isinstance(dispatch := tree.get("dispatch"), dict) and "seconds" in dispatch:
-        again = f"`msn calibrate --nproc {tree.get('ranks', 'RANKS')} --output {path}`"
-        raise InputError(f"{path}: is a profile of an earlier version; {again} writes it anew")
     if "copy_rate" not in tree:
         raise InputError(f"{path}: is no profile of a machine; `msn calibrate` writes one")
-    return parse(Machine, tree, str(path))
+    again = f"`msn calibrate --nproc {tree.get('ranks', 'RANKS')} --output {path}` writes it anew"
+    if isinstance(dispatch := tree.get("dispatch"), dict) and "seconds" in dispatch:
+        raise InputError(f"{path}: is a profile of an earlier version; {again}")
+    try:
+        return parse(Machine, tree, str(path))
+    except InputError as error:
+        raise InputError(f"{error}; {again}") from None

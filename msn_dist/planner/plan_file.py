@@ -129,8 +129,8 @@ class PlanFile(Part):
         for key in sorted(now.keys() | self.settings.keys()):
             if now.get(key) != self.settings.get(key):
                 raise InputError(
-                    f"the plan was made for {key}={self.settings.get(key)!r}, and this run has {now.get(key)!r}; "
-                    "plan again, or train without --plan"
+                    f"the plan, of {self.config}, was made for {key}={self.settings.get(key)!r}, and this run has "
+                    f"{now.get(key)!r}; plan again, or train without --plan"
                 )
         if (self.memory is None) != (config.memory is None):
             raise InputError("one of plan and config has a memory and the other has none; plan again")
@@ -189,7 +189,10 @@ def load_plan(path: str | Path) -> PlanFile:
         raise InputError(f"{path}: is no plan of `msn plan`, as it is not valid JSON ({error})") from None
     if not isinstance(tree, dict) or "seconds_over_ranks" not in tree:
         raise InputError(f"{path}: is no plan of `msn plan`; that command writes one with --output")
-    return parse(PlanFile, tree, str(path))
+    try:
+        return parse(PlanFile, tree, str(path))
+    except InputError as error:
+        raise InputError(f"{error}; `msn plan` with --output writes it anew") from None
 
 
 def write_plan(plan: PlanFile, path: str | Path) -> None:

@@ -69,7 +69,7 @@ class Search:
     """Traces the model once; every layout is then a matter of arithmetic.
 
     `traces` keeps traces from one search to the next, and `ids` may be a placement that is good enough.  Of layouts
-    that round more than the config, with `rounding` "told" those are priced that are faster than what fits; "allowed"
+    that round more than the config, with `rounding` "told" those are priced that gain something on what fits; "allowed"
     ones may also be the only ones that fit.  NoRoom if the id tables fit beside no layout that may be chosen.
     """
 
@@ -102,7 +102,8 @@ class Search:
         least = min((one.time.seconds for one in priced if not one.short), default=math.inf if allowed else 0.0)
         faster = [layout for layout in rounding if self._times[layout].seconds < _WORTH * least][:_ROUNDING]
         priced += map(self._price, faster)
-        left = [layout for layout in rounding if layout not in faster] if allowed else []
+        fits = any(not one.short for one in priced)
+        left = [layout for layout in rounding if layout not in faster] if allowed or fits else []
         for tier, instead in (("device", ("device",)), ("host", ("device", "host"))):
             if not any(one.layout.tier in instead and not one.short for one in priced):
                 of_tier = (self._price(layout) for layout in left if layout.tier == tier)

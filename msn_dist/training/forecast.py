@@ -16,7 +16,7 @@ _LAST = 50  # the first fifth is warm-up
 
 
 class Forecast:
-    """Measures the steps up to the 50th, or up to the first evaluation.
+    """Measures the steps up to the 50th, or up to the first evaluation; nothing if that comes before the fifth.
 
     The time of a step is without what it waits for the reader: on a CPU that of the training process between two reads;
     on a GPU, which works behind its host, from when it comes to what a step asks of it until that is done.
@@ -40,7 +40,7 @@ class Forecast:
         """To be called after every step; the comparison, once."""
         if self._first < step <= self.last:
             self._clock.end()
-        if step == self.last and self.last > self._first:
+        if step == self.last and self._first:
             self.seconds = self._clock.seconds() / (self.last - self._first)
             if self._ranks.device.type == "cuda":
                 self.bytes = torch.cuda.max_memory_allocated(self._ranks.device)
