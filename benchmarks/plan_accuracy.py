@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -128,7 +129,9 @@ def main() -> None:
 def calibrated(place: Place, gib: float) -> None:
     """Write the topology of this machine."""
     profile = place.folder / f"{place.ranks}.json"
+    begun = time.perf_counter()
     msn("calibrate", "--nproc", str(place.ranks), "--device", place.device, "--output", str(profile))
+    print(f"{place.ranks} ranks calibrated in {time.perf_counter() - begun:.0f} s", flush=True)
     here = {"name": "here", "machine": str(profile), "ranks_per_node": place.ranks, "device_gib": gib}
     place.topology.write_text(yaml.safe_dump(here))
 

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -49,14 +50,17 @@ def calibrate(output: Path, device: str) -> None:
             several = ranks.world > ranks.local_world
             node = dist.new_subgroups(ranks.local_world)[0] if several else ranks.group
             groups = ranks.device, ranks.group, node, ranks.control
+            begun = time.perf_counter()
             machine = measure(*groups, versions(), partial(tiny_step, ranks), say)
             link = link_between_nodes(*groups) if several else None
+            seconds = time.perf_counter() - begun
         if ranks.rank == 0:
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(machine.model_dump_json(indent=1) + "\n", encoding="utf-8")
             from msn_dist.planner.explain import explain_machine
 
             console.print(explain_machine(machine))
+            console.print(f"measured in {seconds:.0f} s")
             console.print(f"written to {output}; name it as `machine` in a topology (configs/topology)")
             if link is not None:
                 console.print(
