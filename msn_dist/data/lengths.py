@@ -18,7 +18,7 @@ def mean_lengths(split: Path, schema: Schema) -> dict[str, float]:
     first = min(split.glob("*.parquet"), default=None)
     if first is None or not (footer := open_file(first, schema)).num_rows:
         return {}
-    most = {column: history.max_length for history in schema.histories.values() for column in history.columns}
+    most = schema.max_lengths
     names = footer.schema.to_arrow_schema().names
     ids: dict[str, float] = {}
     for group in map(footer.row_group, range(footer.num_row_groups)):

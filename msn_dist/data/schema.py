@@ -52,6 +52,11 @@ class Schema(Part):
         """Keys of a batch's KeyedJaggedTensor, in order: ids, then every history's columns."""
         return [*self.ids, *(column for history in self.histories.values() for column in history.columns)]
 
+    @property
+    def max_lengths(self) -> dict[str, int]:
+        """Most events of every history's column."""
+        return {column: history.max_length for history in self.histories.values() for column in history.columns}
+
     def table_of(self, key: str) -> str:
         """The embedding table that a sparse key reads."""
         for history in self.histories.values():

@@ -68,8 +68,8 @@ def trace_step(
     from msn_dist.models.ranker import Ranker
 
     on_gpu = device_type == "cuda"
-    full = {column: history.max_length for history in schema.histories.values() for column in history.columns}
-    ids_of = {key: round(rows * (full | list_lengths).get(key, 1)) for key in schema.sparse_keys}
+    lengths = schema.max_lengths | list_lengths
+    ids_of = {key: round(rows * lengths.get(key, 1)) for key in schema.sparse_keys}
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         with _Unfilled():
             model = Ranker(schema, config.model, config.memory, seed=0, device="meta")

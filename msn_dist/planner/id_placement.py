@@ -31,7 +31,6 @@ def place_ids(situation: Situation, reserved_bytes: int) -> IdPlan:
     config, schema, machine, topology = situation.config, situation.schema, situation.machine, situation.topology
     features = Features(schema, config.model.embedding_dim, config.model.attention, device="meta")
     model = torch.nn.ModuleDict({"features": features})
-    full = {column: history.max_length for history in schema.histories.values() for column in history.columns}
     adagrad = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD}
     placed = plan_id_tables(
         model,
@@ -40,7 +39,7 @@ def place_ids(situation: Situation, reserved_bytes: int) -> IdPlan:
         machine,
         situation.rows,
         reserved_bytes,
-        ids_per_row=full | situation.mean_lengths,
+        ids_per_row=schema.max_lengths | situation.mean_lengths,
         shardings=_SHARDINGS,
     )
     weights = dict(model.named_parameters())
