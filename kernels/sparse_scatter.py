@@ -54,13 +54,15 @@ def gather_backward(
     gradient_GD: Tensor,
     *,
     once: bool = False,
+    all_hit: bool = True,
     shape: TileShape | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `sparse_gather(values_RD, rows_GL, weights_GL)` by its values [R, D] and its weights [G, L].
 
     Both are float32 and come of one pass, from gradient_GD.  values_RD: float32, bfloat16 or float16, contiguous.
     Every row must be hit, since others are not written; with `once` every row is hit by one hit, and nothing is sorted.
-    Neither is looked at.  R may be another one in every step: what is compiled does not depend on it.
+    Neither is looked at.  R may be another one in every step: what is compiled does not depend on it.  Without
+    `all_hit` rows may have no hit, and R is taken to stay as it is: they get zeros, which costs a pass over all rows.
     The rest is as in `scatter_sum`.
 
     Raises ValueError for other shapes, dtypes and devices.
@@ -72,10 +74,11 @@ def gather_backward(
             f"gradient is {list(gradient_GD.shape)} on {gradient_GD.device}: "
             f"give [G, {values_RD.shape[1]}] on {values_RD.device}"
         )
-    out_RD = torch.empty(*values_RD.shape, dtype=torch.float32, device=values_RD.device)
+    begun = torch.empty_like if all_hit else torch.zeros_like
+    out_RD = begun(values_RD, dtype=torch.float32)
     dot_GL = torch.empty(*rows_GL.shape, dtype=torch.float32, device=values_RD.device)
     shape = shape or tile_shape(values_RD.shape[1], 1.0 if once else _SHARED)
-    _launch(bags, gradient_GD, out_RD, values_RD, dot_GL, VARYING_ROWS, shape, once)
+    _launch(bags, gradient_GD, out_RD, values_RD, dot_GL, VARYING_ROWS if all_hit else len(values_RD), shape, once)
     return out_RD, dot_GL
 
 

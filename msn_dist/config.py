@@ -113,10 +113,10 @@ class MemoryConfig(Part):
             )
         if self.value_dim is not None and self.value_dim % 4:
             raise ValueError(f"value_dim={self.value_dim} is not a multiple of 4, as the lookup needs")
-        if self.lookup in ("fbgemm", "triton") and self.strategy in ("column", "replicated"):
+        if self.lookup == "fbgemm" and self.strategy in ("column", "replicated"):
             raise ValueError(
-                f"lookup: {self.lookup} cannot serve strategy: {self.strategy}, whose optimizer step takes part of "
-                "every row from other ranks; leave lookup out"
+                f"lookup: fbgemm cannot serve strategy: {self.strategy}, whose optimizer step takes part of every row "
+                "from other ranks; leave lookup out"
             )
         if self.tier == "host" and (reason := self.why_no_host_tier()):
             raise ValueError(f"tier: host: {reason}, or leave tier out")

@@ -189,7 +189,7 @@ def test_the_launched_command_explains_bad_input_in_the_middle_of_training_once(
         ("memory.group_ranks=2", "memory: group_ranks=2 is set, and strategy: row_pooled has no groups of ranks; "),
         ("memory={strategy: two_level, group_ranks: 1}", "memory.group_ranks: input should be greater than or eq"),
         ("memory={strategy: column, lookup: fbgemm}", "memory: lookup: fbgemm cannot serve strategy: column"),
-        ("memory={strategy: replicated, lookup: triton}", "memory: lookup: triton cannot serve strategy: replicated"),
+        ("memory={strategy: replicated, lookup: fbgemm}", "memory: lookup: fbgemm cannot serve strategy: replicated"),
         ("memory.lookup=tbe", "memory.lookup: input should be 'auto', 'reference', 'fbgemm' or 'triton', found 'tbe'"),
         ("memory.retrieval=fbgemm", "memory.retrieval: input should be 'auto', 'reference' or 'triton', found "),
         ("memory.wire=fp8", "memory.wire: input should be 'fp32', 'bf16', 'fp16' or 'int8', found 'fp8'"),

@@ -72,12 +72,32 @@ def test_a_step_takes_what_its_host_does_or_its_device_and_names_the_difference(
     assert lead == pytest.approx(1e-4 / 4)  # TorchRec's question; the rest is dispatched while the device works
 
 
-@pytest.mark.parametrize(("look_up", "seconds"), [(8.0, 1 + 8.0), (2.0, 4 + 4)])
+@pytest.mark.parametrize(("look_up", "seconds"), [(8.0, 2.5 + 8.0), (2.0, 4 + 4)])
 def test_a_device_works_off_one_chunk_while_its_host_dispatches_the_next(look_up: float, seconds: float) -> None:
-    """4 chunks, for each of which the host takes 1 s in the forward and in the backward, which does nothing here."""
+    """4 chunks, for each of which the host takes .5 s before, .5 s at the look-up and 1 s in the backward."""
     phases = [Phase("id tables", 0.0), Phase("dense gradients", 0.0), Phase("look-up", look_up)]
     dispatch = Dispatch(operator=0.0, memory=2.0, step=0.0, source="measured")
-    assert _behind_host(phases, [Stretch()] * 3, 1, 4, dispatch) == pytest.approx(seconds)
+    assert _behind_host(phases, [Stretch()] * 3, 1, 4, False, dispatch) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("asks", "seconds"), [(False, 0.5 + 6 + 8), (True, 0.5 + 6 + 0.5 + 8)])
+def test_a_host_that_asks_for_counts_has_nothing_ahead_when_it_has_them(asks: bool, seconds: float) -> None:
+    seconds_of = {"id tables": 0.0, "dense gradients": 0.0, "hits by owner": 6.0, "look-up": 8.0}
+    phases = [Phase(*of_phase) for of_phase in seconds_of.items()]
+    dispatch = Dispatch(operator=0.0, memory=2.0, step=0.0, source="measured")
+    assert _behind_host(phases, [Stretch()] * 3, 1, 1, asks, dispatch) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_every_memory_over_ranks_asks_once_unless_it_is_replicated(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = Search(situation(1, ranks, chunks=2), rounding="left out")
+    asked: list[Stretch] = []
+    monkeypatch.setattr(Stretch, "awaited", lambda stretch: asked.append(stretch) or stretch)
+    for layout in search.layouts:
+        asked.clear()
+        search.time(layout)
+        asks = ranks > 1 and layout.strategy != "replicated"
+        assert len(asked) == (search.situation.memories if asks else 0), layout
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 128), ("bfloat16", 256)])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_checkpoint import hashes, save_and_train_on, train
-from test_sharding import NO_OTHER_LOOKUP
+from test_sharding import STEP_OVER_RANKS
 from test_training import STEPS
 from torch import Tensor
 
@@ -147,7 +147,7 @@ def two_ranks(rank: int, world: int, folder: Path) -> None:
     ]
     for case in cases:
         expected = plain(case, sum(case.rows_per_rank(world)), steps=3)
-        for strategy in (name for name in STRATEGIES if name not in NO_OTHER_LOOKUP):
+        for strategy in (name for name in STRATEGIES if name not in STEP_OVER_RANKS):
             model = sharded(case, GPU, 1, strategy=strategy, **of_the_host)
             assert model.module.values.lookup.tier == "host"
             check_parity(case, expected, model, GPU, Tolerance())

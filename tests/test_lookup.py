@@ -12,9 +12,11 @@ from torch import Tensor
 from msn_dist.errors import InputError
 from msn_dist.kernels import reference
 from msn_dist.sharding import lookup as lookups
+from msn_dist.sharding import sums
 from msn_dist.sharding.hits import Hits, offsets_of
-from msn_dist.sharding.lookup import LOOKUPS, Lookup, choose_lookup, make_lookup, weights_gradient
+from msn_dist.sharding.lookup import LOOKUPS, Lookup, choose_lookup, make_lookup
 from msn_dist.sharding.rounding import round_at_random
+from msn_dist.sharding.sums import weights_gradient
 from msn_dist.sharding.value_optimizer import ValueOptimizer
 from naive_optimizer import KINDS, NaiveOptimizer, optimizer_of
 from triton_device import DEVICE
@@ -47,7 +49,7 @@ def test_the_gradient_of_the_weights_is_the_naive_one(lengths: list[int]) -> Non
 def test_the_gradient_of_the_weights_of_16_bit_values_is_summed_in_float32(
     lengths: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookups, "_PIECE", 7 * DIM)
+    monkeypatch.setattr(sums, "_PIECE", 7 * DIM)
     hits = hits_of(lengths)
     values_RD, gradient_GD = torch.randn(ROWS, DIM).to(dtype), torch.randn(len(lengths), DIM)
     expected_H = reference.weights_gradient(values_RD.float(), hits.rows_H, hits.offsets_G1, gradient_GD)

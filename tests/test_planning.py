@@ -68,7 +68,7 @@ def with_optimizer(here: Situation, kind: str, **memory: object) -> Situation:
 
 # what must win, and why it does: the crossovers of docs/exchange.md
 SCENARIOS = {
-    "few slots": (situation(1, 8, rows=32_768, sub_keys=64, top_k=32), "row_gather_unique"),
+    "few slots": (situation(1, 8, rows=32_768, sub_keys=64, top_k=32), "replicated"),
     "one node": (situation(1, 8), "row_pooled"),
     "eight nodes": (situation(8, 8, zipf=1.05), "row_gather_unique"),
     "32 nodes": (situation(32, 8, sub_keys=65_536), "row_pooled_sparse"),
@@ -82,12 +82,14 @@ def test_the_plan_is_the_fastest_of_what_fits_and_says_by_how_much(name: str) ->
     here, expected = SCENARIOS[name]
     found = plan(here, rounding=False, date="2026-01-01")
     priced = [one for one in Search(here).priced() if not one.short and one.layout.wire == "fp32"]
-    exact = sorted((one for one in priced if one.layout.value_dtype == "fp32"), key=lambda one: one.time.seconds)
+    exact = [one for one in priced if one.layout.value_dtype == "fp32"]
+    alike = 1.02 * min(one.time.seconds for one in exact)  # where hosts are slower than all devices, these decide
+    exact.sort(key=lambda one: (max(one.time.seconds, alike), one.time.device))
     assert found.memory.strategy == exact[0].layout.strategy == expected
     assert found.seconds == pytest.approx(exact[0].time.seconds)
     share = exact[1].time.seconds / exact[0].time.seconds - 1
     percent = f"{share:+.1%}" if share < 0.1 else f"{share:+.0%}"
-    same = exact[1].time.seconds == exact[0].time.seconds  # the host is slower than both
+    same = exact[1].time.seconds <= alike and found.seconds > exact[0].time.device
     assert f"the next best is {exact[1].layout.strategy}: {'as fast' if same else percent}" in found.reason
 
 
@@ -256,8 +258,11 @@ def test_rows_too_wide_for_the_kernels_are_planned_with_the_look_up_that_trainin
 
 
 def test_a_look_up_that_is_named_rules_out_strategies_that_it_cannot_serve() -> None:
-    strategies = {layout.strategy for layout in Search(situation(1, 8, sub_keys=64, lookup="triton")).layouts}
-    assert strategies and not strategies & {"column", "replicated"}
+    by_triton, by_fbgemm = (
+        {layout.strategy for layout in Search(situation(1, 8, sub_keys=64, lookup=lookup)).layouts}
+        for lookup in ("triton", "fbgemm")
+    )
+    assert by_fbgemm and by_triton - by_fbgemm == {"column", "replicated"}
 
 
 def test_id_tables_that_fit_nowhere_are_named() -> None:
@@ -387,5 +392,7 @@ def test_more_memory_never_makes_a_step_longer() -> None:
         times.append((found.time.seconds, found.time.device))
         strategies.append(found.layout.strategy)
         assert found.fullest <= gib * 2**30
-    assert times == sorted(times, reverse=True) and len(set(times)) > 3
-    assert strategies == ["row_pooled_sparse"] * 6 + ["two_level"] * 2
+    alike = 1.02 * min(seconds for seconds, _ in times)  # here the host is what is waited for
+    order = [(max(seconds, alike), device) for seconds, device in times]
+    assert order == sorted(order, reverse=True) and len(set(order)) > 3
+    assert strategies == ["row_pooled_sparse"] * 5 + ["two_level"] * 3

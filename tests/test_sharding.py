@@ -47,9 +47,9 @@ LOSSY = {
 }
 
 
-NO_OTHER_LOOKUP = ("column", "replicated")
+STEP_OVER_RANKS = ("column", "replicated")  # which FBGEMM cannot do
 # The retrieval does not know of the strategy, so once is enough.
-INTERPRETED = {name: {"lookup": "triton"} for name in STRATEGIES if name not in NO_OTHER_LOOKUP}
+INTERPRETED = {name: {"lookup": "triton"} for name in STRATEGIES}
 INTERPRETED["row_pooled"] = {"lookup": "triton", "retrieval": "triton"}
 SGD, ADAM = optimizer_of("sgd"), optimizer_of("rowwise_adam")
 
@@ -85,13 +85,15 @@ def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> 
             every += [(strategy, (kernels, one_step, Tolerance())) for strategy, kernels in INTERPRETED.items()]
             kernels, truth = {"lookup": "triton", "optimizer": ADAM}, plain(case, rows, 1, ADAM)
             every.append(("row_pooled", (kernels, truth, Tolerance())))
-        if device.type == "cpu" and world == 2 and case in (CASES[2], CASES[3]):  # bags at home: none, and hot rows
+        if device.type == "cpu" and world == 2 and case in (CASES[2], CASES[3]):  # ranks without bags, and hot rows
             for sharding, tolerance in (({}, Tolerance()), ({"wire": "fp16"}, LOSSY["fp16"])):
                 kernels = {"lookup": "triton"} | sharding
-                every += product(("row_gather", "row_gather_unique"), [(kernels, one_step, tolerance)])
+                every += product(
+                    ("row_gather", "row_gather_unique", *STEP_OVER_RANKS), [(kernels, one_step, tolerance)]
+                )
         for strategy, (sharding, truth, tolerance) in every:
-            if strategy in NO_OTHER_LOOKUP:
-                sharding = {key: value for key, value in sharding.items() if key != "lookup"}
+            if strategy in STEP_OVER_RANKS and sharding.get("lookup") == "fbgemm":
+                continue
             node = 2 if world == 4 and "group_ranks" not in sharding else 1
             model = sharded(case, device, node, strategy=strategy, **sharding)
             assert_back_ends(model, strategy, sharding, device)
@@ -108,9 +110,9 @@ def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> 
         if world == 2:
             check_hits_of_weight_zero(device, strategy)
         settings = [{"value_dtype": "bf16", "chunks": 3}, {"value_dtype": "fp16"}]
-        if device.type == "cuda" and strategy not in NO_OTHER_LOOKUP:
+        if device.type == "cuda" and strategy not in STEP_OVER_RANKS:
             settings.append({"value_dtype": "fp16", "lookup": "fbgemm"})
-        elif strategy == "row_pooled":
+        elif device.type == "cpu" and strategy in ("row_pooled", *STEP_OVER_RANKS):
             settings.append({"value_dtype": "bf16", "chunks": 3, "lookup": "triton"})
         for sharding in settings:
             check_16_bits(CASES[0], device, strategy=strategy, **sharding)
@@ -198,8 +200,8 @@ def check_16_bits(case: Case, device: torch.device, *, strategy: str, value_dtyp
 def assert_back_ends(model: DistributedModelParallel, strategy: str, asked: dict, device: torch.device) -> None:
     """Those that were asked for; else the kernels on a GPU.  On one rank every strategy is the same."""
     on_gpu = device.type == "cuda"
-    bound = strategy in NO_OTHER_LOOKUP and model.module.values.exchange.world > 1
-    lookup = "reference" if bound else "triton" if on_gpu else "fbgemm"
+    over_ranks = strategy in STEP_OVER_RANKS and model.module.values.exchange.world > 1
+    lookup = "triton" if on_gpu else "reference" if over_ranks else "fbgemm"
     if lookup == "fbgemm" and asked.get("optimizer") == ADAM:
         lookup = "reference"
     expected = {"lookup": lookup, "retrieval": "triton" if on_gpu else "reference"} | asked

@@ -12,7 +12,7 @@ backward.  Two rows one after the other span max(span_1 + d_2, h_1 + span_2), wi
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class Stretch:
         for device in devices:
             total = total.then(cls.one(dispatch, device))
         return total
+
+    def awaited(self) -> Stretch:
+        """The host waits for the last result: of a row from the beginning on, as what is before it is not looked at."""
+        return replace(self, host=self.span)
 
     def then(self, other: Stretch) -> Stretch:
         span = max(self.span + other.device, self.host + other.span)

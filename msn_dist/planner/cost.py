@@ -23,7 +23,8 @@ what they have computed since the one before, which calibration measures over th
 A GPU works behind its host (`behind_host`), which dispatches operators, at each memory its kernels and exchange, and
 what a step has besides (TorchRec's modules, DistributedDataParallel, optimizers).  TorchRec's id tables ask the GPU for
 lengths, so that both begin a step together; a quarter of what a step has besides comes between this question and the
-first operator.  That an exchange over several ranks asks for its counts as well is not in the price.
+first operator.  A memory over several ranks, unless `replicated`, asks for its counts when half of what it takes the
+host in the forward is done and the hits are sorted by owner; with chunks that question of the last one counts.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from msn_dist.planner.topology import Topology
 
 WAITING, STRAGGLING = "waiting for the host", "waiting for ranks"
 ARRIVING, LEAVING = "rows from the host", "rows to the host"
+ALIKE = 1.02  # times that differ no more are as good as equal where a host is waited for: its own time varies more
 _BUCKET = 25 * 2**20  # bytes of DistributedDataParallel's buckets
 _LEAD = 0.25  # of what the host does in a step beside operators: from TorchRec's question to the first operator
 _ID_COLLECTIVES = 2  # of these that ranks come to from computing: embeddings home, and their gradients
@@ -174,24 +176,42 @@ def step_time(situation: Situation, layout: Layout, model: ModelTime, id_seconds
         phases.append(_straggling(phases, together, machine.straggling))
     if not model.stretches:
         return StepTime(phases)
-    time = StepTime(phases, _behind_host(phases, model.stretches, memories, chunks, machine.dispatch))
+    asks = topology.world > 1 and layout.strategy != "replicated"
+    time = StepTime(phases, _behind_host(phases, model.stretches, memories, chunks, asks, machine.dispatch))
     if (waiting := time.seconds - time.device) > 0:
         phases.append(Phase(WAITING, waiting))
     return time
 
 
 def _behind_host(
-    phases: Sequence[Phase], stretches: Sequence[Stretch], memories: int, chunks: int, dispatch: Dispatch
+    phases: Sequence[Phase],
+    stretches: Sequence[Stretch],
+    memories: int,
+    chunks: int,
+    asks: bool,
+    dispatch: Dispatch,
 ) -> float:
-    """Seconds of a device and its host: what is sharded comes between the operators of the rest, chunk by chunk."""
+    """Seconds of a device and its host: what is sharded comes between the operators of the rest, chunk by chunk.
+
+    `asks`: whether the host waits for counts before hits depart.
+    """
     exposed = {phase.name: phase.exposed for phase in phases}
     ids = exposed["id tables"] / 2
     step = Stretch.one(_LEAD * dispatch.step, ids).then(stretches[0])
-    for look_up, operators in enumerate(stretches[1:]):
-        names = _FORWARD if look_up < memories else _BACKWARD
+
+    def dispatched(share: float, names: Iterable[str]) -> Stretch:
         device = sum(exposed.get(name, 0.0) for name in names) / memories
+        one, row = Stretch.one(share * dispatch.memory, device / chunks), Stretch()
         for _ in range(chunks):
-            step = step.then(Stretch.one(dispatch.memory / 2, device / chunks))
+            row = row.then(one)
+        return row
+
+    for look_up, operators in enumerate(stretches[1:]):
+        if look_up < memories:
+            step = step.then(dispatched(1 / 4, _FORWARD[:1]))
+            step = (step.awaited() if asks else step).then(dispatched(1 / 4, _FORWARD[1:]))
+        else:
+            step = step.then(dispatched(1 / 2, _BACKWARD))
         step = step.then(operators)
     return step.then(Stretch.one((1 - _LEAD) * dispatch.step, ids + exposed["dense gradients"])).span
 

@@ -32,6 +32,7 @@ class Work:
     rows: float = 0.0  # distinct ones among them
     rows_by_chunk: float = 0.0  # the same of each chunk for itself
     row_bytes: float = 0.0
+    whole: bool = False  # the gradient has all rows, and what steps them is among the passes
     single: bool = False  # a hit is a bag of its own, without a weight
     given: float = 0.0  # bytes of what look-ups give, and of its gradient
     weighed: float = 0.0  # bytes of the pass over looked up rows that gives weights their gradients before an update
@@ -45,27 +46,28 @@ class Work:
 def exchange_work(layout: Layout, load: Load, dim: int) -> Work:
     """The work of the busiest owner."""
     work = _by_kernels(layout, load, dim)
-    work.rows_by_chunk = load.rows_by_chunk(layout.world) / layout.world
+    element = VALUE_DTYPES[layout.value_dtype].itemsize
     if len(load.chunks) > 1:
-        _put_off_the_update(work, layout, dim)
-    if layout.lookup == "reference" and work.read:
-        element = VALUE_DTYPES[layout.value_dtype].itemsize
-        weighted = work.home is None
-        work.forward += _in_torch(work.read, dim, element, weighted)
-        work.backward += _in_torch_backward(work.read, work.rows, dim, element, weighted)
-        work.distinct += work.read
+        _put_off_the_update(work, layout, element)
+    if layout.lookup == "reference":
+        width, weighted = round(work.row_bytes / element), work.home is None
+        work.forward += _in_torch(work.read, width, element, weighted)
+        work.backward += _in_torch_backward(work.read, width, element, weighted)
+        if not work.whole:
+            work.distinct = work.read
+            work.backward.append(_step_in_torch(work.rows, width, element))
         work.read = 0.0
     if layout.optimizer == "rowwise_adam":
         work.backward += _first_moments(layout, load, dim)
     return work
 
 
-def _put_off_the_update(work: Work, layout: Layout, dim: int) -> None:
+def _put_off_the_update(work: Work, layout: Layout, element: int) -> None:
     """It waits for the gradients of all chunks, and takes hits and gradients of all at once (sharding/hits.py)."""
     work.backward += [16 * work.read, 2 * work.given]
     work.read_again = layout.lookup == "fbgemm"  # whose update comes with a look-up of its own
     if work.home is None and layout.lookup != "reference":  # which has this pass anyway
-        work.weighed = _weighed(work.read, dim, VALUE_DTYPES[layout.value_dtype].itemsize)
+        work.weighed = _weighed(work.read, round(work.row_bytes / element), element)
 
 
 def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
@@ -73,7 +75,9 @@ def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
     element = VALUE_DTYPES[layout.value_dtype].itemsize
     if world == 1:
         given = load.bags * dim * _FLOAT
-        return Work(read=hits, rows=load.rows(1), row_bytes=dim * element, given=given, forward=[16 * hits])
+        work = Work(read=hits, rows=load.rows(1), row_bytes=dim * element, given=given, forward=[16 * hits])
+        work.rows_by_chunk = load.rows_by_chunk(1)
+        return work
     busiest = load.owner_load(world, once=layout.strategy == "row_gather_unique")
     of_owner = load.rows(world) / world
     match layout.strategy:
@@ -105,21 +109,25 @@ def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
             work.forward = [40 * hits, *_coded(layout.wire, rows, dim)]
             work.backward = [*_coded(layout.wire, rows, dim), 2 * given]
         case "column":
-            columns = -(-dim // world)
-            all_hits, rows = world * hits, load.rows(world)
-            work = Work(distinct=all_hits, given=world * load.bags * columns * _FLOAT)
-            work.forward = [24 * all_hits, *_in_torch(all_hits, columns, element)]
-            work.forward += _coded(layout.wire, world * load.bags, columns)
-            work.backward = [*_in_torch_backward(all_hits, rows, columns, element)]
-            work.backward += _coded(layout.wire, world * load.bags, columns)
+            columns, all_hits = -(-dim // world), world * hits
+            given = world * load.bags * columns * _FLOAT
+            work = Work(read=all_hits, rows=load.rows(world), row_bytes=columns * element, given=given)
+            work.rows_by_chunk = load.rows_by_chunk(world)
+            work.forward = [24 * all_hits, *_coded(layout.wire, world * load.bags, columns)]
+            work.backward = _coded(layout.wire, world * load.bags, columns)
+            if layout.lookup == "triton":  # distinct rows are found and copied, and stepped by torch (sharding/sums.py)
+                work.distinct = all_hits
+                work.backward += [2 * work.rows * work.row_bytes, _step_in_torch(work.rows, columns, element)]
         case "replicated":
-            table = load.slots * dim * _FLOAT
-            work = Work(given=load.bags * dim * _FLOAT, forward=[24 * hits, *_in_torch(hits, dim, element)])
-            gradients = [4 * hits * dim * _FLOAT, 3 * hits * dim * _FLOAT]
+            table, given = load.slots * dim * _FLOAT, load.bags * dim * _FLOAT
+            work = Work(read=hits, rows=load.rows(1), row_bytes=dim * element, given=given, whole=True)
+            work.rows_by_chunk = load.rows_by_chunk(1)
+            work.forward = [24 * hits]
             # zeros, encode, decode and add up the parts of a block; the new rows of all, which come in float32
-            work.backward = [*gradients, table, *_coded(layout.wire, load.slots, dim), 2 * table, 2 * table, 2 * table]
+            work.backward = [table, *_coded(layout.wire, load.slots, dim), 2 * table, 2 * table, 2 * table]
         case _:
             raise ValueError(f"unknown strategy {layout.strategy!r}")
+    work.rows_by_chunk = work.rows_by_chunk or load.rows_by_chunk(world) / world
     return work
 
 
@@ -129,7 +137,8 @@ def _first_moments(layout: Layout, load: Load, dim: int) -> list[float]:
     by_column = layout.strategy == "column" and world > 1
     rows, width = (load.rows(world), -(-dim // world)) if by_column else (load.rows(world) / world, dim)
     size = rows * width * _FLOAT
-    return [2 * size, 2 * size, 2 * size, 3 * size, 2 * size] if layout.lookup == "reference" else [2 * size]
+    by_torch = layout.lookup == "reference" or (layout.strategy in ("column", "replicated") and world > 1)
+    return [2 * size, 2 * size, 2 * size, 3 * size, 2 * size] if by_torch else [2 * size]
 
 
 def _coded(wire: str, rows: float, dim: int) -> list[float]:
@@ -138,20 +147,24 @@ def _coded(wire: str, rows: float, dim: int) -> list[float]:
 
 
 def _in_torch(hits: float, dim: int, element: int, weighted: bool = True) -> list[float]:
-    """ReferenceLookup.read: the rows, and if they are `weighted` there times their weights, added to their bags."""
+    """TorchSums.pooled: the rows, and if they are `weighted` there times their weights, added to their bags."""
     row = dim * _FLOAT
     return [hits * (dim * element + row), *([2 * hits * row, 3 * hits * row] if weighted else [])]
 
 
-def _in_torch_backward(hits: float, rows: float, dim: int, element: int, weighted: bool = True) -> list[float]:
-    """ReferenceLookup.update: the weights' products, gradients of hits, of distinct rows, and a step of these.
+def _in_torch_backward(hits: float, dim: int, element: int, weighted: bool = True) -> list[float]:
+    """TorchSums.gradients: the weights' products, gradients of hits, added up by rows.
 
     The first two only of rows that are `weighted` there.
     """
     row = dim * _FLOAT
-    stepped = rows * (2 * dim * element + 6 * row)
     of_hits = [_weighed(hits, dim, element), 2 * hits * row, 3 * hits * row] if weighted else []
-    return [*of_hits, 3 * hits * row, stepped]
+    return [*of_hits, 3 * hits * row]
+
+
+def _step_in_torch(rows: float, dim: int, element: int) -> float:
+    """ReferenceLookup.step_rows, all passes together."""
+    return rows * dim * (2 * element + 6 * _FLOAT)
 
 
 def _weighed(hits: float, dim: int, element: int) -> float:

@@ -241,6 +241,30 @@ class _TritonStandIn:
         return gradients
 
 
+class _KernelSumsStandIn:
+    """What sharding.kernel_sums and its kernels hold."""
+
+    name = "triton"
+
+    def pooled(self, table_RD: Tensor, hits: Hits, dtype: torch.dtype) -> Tensor:
+        return table_RD.new_empty(len(hits.offsets_G1) - 1, table_RD.shape[1], dtype=dtype)
+
+    def gradients(
+        self,
+        table_RD: Tensor,
+        hits: Hits,
+        gradient_GD: Tensor,
+        of_weights: bool = True,
+        distinct: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        values_RD, rows = (table_RD, len(table_RD)) if distinct is None else (table_RD[distinct[0]], VARYING_ROWS)
+        gradient_RD, gradient_H = torch.empty_like(values_RD, dtype=torch.float32), torch.empty_like(hits.weights_H)
+        gradient_GD = gradient_GD.contiguous()
+        scratch = values_RD.new_empty(sorted_bytes(len(gradient_H), rows, values_RD.shape[1]), dtype=torch.uint8)
+        del scratch
+        return gradient_RD, gradient_H if of_weights else None
+
+
 def _kernel_buckets(row_ML: Tensor, block: int, world: int) -> tuple[Buckets, Tensor]:
     """Of `bucket_rows_by_kernel`."""
     order_H = torch.empty(row_ML.numel(), dtype=torch.int64)
@@ -268,16 +292,15 @@ def bare_table(expected: Expected, dim: int, exchange: LoopbackExchange) -> Shar
     values.wire = layout.wire if layout.world > 1 else "fp32"
     values.values_wire, values.gradient_wire = wires(values.wire, device, seed=0)
     values._aside = Aside(device)
-    rows = slots
+    rows, sums = slots, _KernelSumsStandIn() if layout.lookup == "triton" else None
     if strategy is Column:
         columns = -(-dim // layout.world)
-        values.lookup = ReferenceLookup(slots, columns, optimizer, device, dtype, 0, values._mean_square)
+        values.lookup = ReferenceLookup(slots, columns, optimizer, device, dtype, 0, values._mean_square, sums)
         values.row_dtype = torch.int32 if slots < 2**31 else torch.int64
         values._first_row, rows = 0, expected.block
     elif strategy is Replicated:
-        values.lookup = _ReplicatedLookup(
-            slots, dim, optimizer, device, dtype, 0, exchange=values.exchange, wire=values.gradient_wire
-        )
+        by = {"sums": sums, "exchange": values.exchange, "wire": values.gradient_wire}
+        values.lookup = _ReplicatedLookup(slots, dim, optimizer, device, dtype, 0, **by)
     else:
         values.block = rows = expected.block
         values.row_dtype = torch.int32 if rows < 2**31 else torch.int64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from msn_dist.planner.cost import WAITING, StepTime
+from msn_dist.planner.cost import ALIKE, WAITING, StepTime
 from msn_dist.planner.dense_trace import StepTrace
 from msn_dist.planner.id_tables import NoRoom
 from msn_dist.planner.plan_file import PlanFile, PlannedMemory, PlannedPhase, PlannedTable, Rival, settings_of
@@ -165,9 +165,9 @@ def _lacking(one: Priced) -> str:
 
 def _slower(one: StepTime, chosen: StepTime, unit: str = "") -> str:
     """By how much, and in which phase most of it is, in milliseconds."""
-    if one.seconds == chosen.seconds > max(one.device, chosen.device):
-        return f"as fast, by the host; device {1e3 * one.device:.3g}{unit}, not {1e3 * chosen.device:.3g}"
     share = one.seconds / chosen.seconds - 1
+    if chosen.seconds > chosen.device and 1 / ALIKE <= one.seconds / chosen.seconds <= ALIKE:
+        return f"as fast, by the host; device {1e3 * one.device:.3g}{unit}, not {1e3 * chosen.device:.3g}"
     theirs, ours = (
         {phase.name: phase.exposed for phase in time.phases if phase.name != WAITING} for time in (one, chosen)
     )

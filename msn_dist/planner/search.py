@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 from msn_dist.config import MemoryConfig, Strategy
 from msn_dist.errors import InputError
-from msn_dist.planner.cost import ModelTime, StepTime, step_time
+from msn_dist.planner.cost import ALIKE, ModelTime, StepTime, step_time
 from msn_dist.planner.dense_trace import StepTrace, trace_step
 from msn_dist.planner.id_placement import IdPlan, place_ids
 from msn_dist.planner.id_tables import NoRoom
@@ -87,8 +87,8 @@ class Search:
         self.layouts = list(self._layouts()) if situation.memory else [situation.bare_layout]
         self.ids = self._placed_ids() if ids is None else ids
         self._times = {layout: self.time(layout) for layout in self.layouts}
-        # where the host is what is waited for, the device decides
-        self._by_time = sorted(self.layouts, key=lambda one: (self._times[one].seconds, self._times[one].device))
+        self._alike = ALIKE * min(time.seconds for time in self._times.values())
+        self._by_time = sorted(self.layouts, key=lambda one: self._order(self._times[one]))
 
     def priced(self) -> list[Priced]:
         """Those that fit by time, then the others by what they lack.
@@ -108,7 +108,7 @@ class Search:
             if not any(one.layout.tier in instead and not one.short for one in priced):
                 of_tier = (self._price(layout) for layout in left if layout.tier == tier)
                 priced += filter(None, [next((one for one in of_tier if not one.short), None)])
-        return sorted(priced, key=lambda one: (one.short, *_order(one)))
+        return sorted(priced, key=lambda one: (one.short, *self._order(one.time)))
 
     def fastest(self) -> Priced | None:
         """Of those as exact as the config that fit."""
@@ -117,7 +117,11 @@ class Search:
             fitting += [] if one.short else [one]
             if not one.short and one.ids is self.ids:  # what comes after it is slower
                 break
-        return min(fitting, key=_order, default=None)
+        return min(fitting, key=lambda one: self._order(one.time), default=None)
+
+    def _order(self, time: StepTime) -> tuple[float, float]:
+        """Those that are as good as the fastest by what their devices take: for others that is the time itself."""
+        return max(time.seconds, self._alike), time.device
 
     def time(self, layout: Layout, ids: IdPlan | None = None) -> StepTime:
         """Of one of `layouts`, or of two_level in groups of another size."""
@@ -232,11 +236,6 @@ class Search:
             return rank_storage(situation.config, situation.schema, layout, self.trace, tables, distinct)
 
 
-def _order(one: Priced) -> tuple[float, float]:
-    """Where the host is what is waited for, the device decides."""
-    return one.time.seconds, one.time.device
-
-
 def value_dtypes(memory: MemoryConfig) -> tuple[str, ...]:
     """What its values may be stored as: as it says, or narrower if its look-up can train those."""
     return (memory.value_dtype,) if memory.lookup == "fbgemm" else _NARROWER[memory.value_dtype]
@@ -265,8 +264,8 @@ def _why_not(situation: Situation, strategy: str) -> str | None:
     world = topology.world
     if world == 1:
         return None
-    if strategy in ("column", "replicated") and situation.memory.lookup in ("fbgemm", "triton"):
-        return f"{strategy} takes part of every step from other ranks, which lookup: {situation.memory.lookup} cannot"
+    if strategy in ("column", "replicated") and situation.memory.lookup == "fbgemm":
+        return f"{strategy} takes part of every step from other ranks, which lookup: fbgemm cannot"
     if strategy == "two_level" and 1 in (topology.nodes, topology.ranks_per_node):
         return "two_level needs several nodes of several ranks"  # else its bytes are row_pooled's, one after the other
     if strategy == "column" and -(-dim // world) * (world - 1) >= dim:

@@ -209,14 +209,15 @@ class Situation:
 
     def layout(self, strategy: str, wire: str, value_dtype: str, tier: str = "device") -> Layout:
         """With the look-up that it comes to on these devices."""
-        lookup = self.memory.lookup
+        lookup, world = self.memory.lookup, self.topology.world
+        width = -(-self.dim // world) if strategy == "column" else self.dim
         if tier == "host":
             lookup = "fbgemm"
-        elif strategy in ("column", "replicated") and self.topology.world > 1:  # on one rank all are the same
-            lookup = "reference"
-        elif lookup == "auto" and self.machine.kind == "cuda" and sizes.why_no_lookup(self.dim) is None:
+        elif lookup == "auto" and self.machine.kind == "cuda" and sizes.why_no_lookup(width) is None:
             lookup = "triton"
+        elif lookup == "auto" and strategy in ("column", "replicated") and world > 1:  # on one rank all are the same
+            lookup = "reference"
         elif lookup == "auto":
             lookup = "fbgemm" if self._why_not_in_fbgemm(value_dtype) is None else "reference"
         names = strategy, wire, value_dtype, lookup, self.optimizer, tier
-        return Layout(self.topology.world, self.topology.ranks_per_node, *names)
+        return Layout(world, self.topology.ranks_per_node, *names)

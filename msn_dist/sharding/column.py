@@ -31,7 +31,7 @@ from msn_dist.memory.health import MemoryHealth, SlotUsage
 from msn_dist.memory.values import MemoryValues
 from msn_dist.sharding.hit_wire import HitWire, weight_dtype
 from msn_dist.sharding.hits import Hits
-from msn_dist.sharding.lookup import ReferenceLookup
+from msn_dist.sharding.lookup import ReferenceLookup, make_sums
 from msn_dist.sharding.row_sharded import shard_of
 from msn_dist.sharding.sharded_values import ExchangeContext, Later, LazyLater, ShardedMemoryValues
 from msn_dist.sharding.trip import Trip
@@ -67,7 +67,8 @@ class Column(ShardedMemoryValues):
         columns = min(width, self.dim - rank * width)
         # a last rank with fewer columns has zeros beside them, so that all messages are of one width
         dtype, seed = table.weight.dtype, table.seed
-        self.lookup = ReferenceLookup(self.slots, width, optimizer, device, dtype, seed, self._mean_square)
+        sums = make_sums(table.sharding.lookup, device, width)
+        self.lookup = ReferenceLookup(self.slots, width, optimizer, device, dtype, seed, self._mean_square, sums)
         self.lookup.weight_RD.zero_()
         weight = self.lookup.weight_RD[:, :columns]
         table.fill(weight, 0, first_column=rank * width)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torchrec.streamable import Multistreamable
 
-from msn_dist.sharding.lookup import Lookup, weights_gradient
+from msn_dist.sharding.lookup import Lookup
+from msn_dist.sharding.sums import weights_gradient
 
 
 @dataclass

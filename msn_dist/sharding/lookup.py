@@ -19,6 +19,7 @@ from msn_dist.errors import InputError
 from msn_dist.kernels import reference, sizes
 from msn_dist.kernels.support import interpreted, why_no_triton
 from msn_dist.sharding.rounding import round_at_random
+from msn_dist.sharding.sums import Sums, TorchSums
 from msn_dist.sharding.value_optimizer import ValueOptimizer, ValueState
 
 if TYPE_CHECKING:
@@ -67,13 +68,12 @@ class OnDevice:
 
 
 class ReferenceLookup(OnDevice):
-    """PyTorch only; the gradient of the values exists for the touched rows alone.
+    """A step by PyTorch, and `sums` by it too, if no others are given; it is the truth that others are compared with.
 
+    The gradient of the values exists for the touched rows alone.
     `mean_square` maps gradient_XD to the mean squares [X] that row-wise moments are made of: where a rank holds some
     columns of a row only, they come from all ranks.
     """
-
-    name = "reference"
 
     def __init__(
         self,
@@ -84,7 +84,10 @@ class ReferenceLookup(OnDevice):
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         mean_square: Callable[[Tensor], Tensor] = reference.mean_square,
+        sums: Sums | None = None,
     ) -> None:
+        self.sums = sums or TorchSums()
+        self.name = self.sums.name
         self.optimizer = optimizer
         self.learning_rate = optimizer.learning_rate
         self.weight_RD = torch.empty(rows, dim, dtype=dtype, device=device)
@@ -94,22 +97,12 @@ class ReferenceLookup(OnDevice):
         self._random = torch.Generator(device).manual_seed(seed)
 
     def read(self, hits: Hits, update_follows: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
-        rows_HD = self.weight_RD[hits.rows_H].to(torch.float32)
-        if hits.weights_H is None:
-            return rows_HD.to(dtype)
-        pooled_GD = rows_HD.new_zeros(len(hits.offsets_G1) - 1, rows_HD.shape[1])
-        return pooled_GD.index_add_(0, hits.bag_H(), rows_HD * hits.weights_H[:, None]).to(dtype)
+        return self.sums.pooled(self.weight_RD, hits, dtype)
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
-        gradient_GD = gradient_GD.float()
-        gradient_HD, gradient_H = gradient_GD, None
-        if hits.weights_H is not None:
-            if of_weights:
-                gradient_H = weights_gradient(self.weight_RD, hits, gradient_GD)
-            gradient_HD = gradient_GD[hits.bag_H()] * hits.weights_H[:, None]
         touched_U, where_H = torch.unique(hits.rows_H, return_inverse=True)
-        gradient_UD = gradient_GD.new_zeros(len(touched_U), gradient_GD.shape[1])
-        gradient_UD.index_add_(0, where_H, gradient_HD)
+        distinct = touched_U, where_H
+        gradient_UD, gradient_H = self.sums.gradients(self.weight_RD, hits, gradient_GD, of_weights, distinct)
         self.step_rows(self.weight_RD, touched_U, gradient_UD)
         return gradient_H
 
@@ -136,20 +129,7 @@ class ReferenceLookup(OnDevice):
         self.learning_rate = learning_rate
 
 
-def weights_gradient(values_RD: Tensor, hits: Hits, gradient_GD: Tensor) -> Tensor:
-    """`reference.weights_gradient` in float32, without its temporaries [H, D]."""
-    bag_H, gradient_GD = hits.bag_H(), gradient_GD.float()
-    if values_RD.dtype == torch.float32:  # what `embedding_bag` runs in its backward
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            gradient_GD.contiguous(), values_RD, hits.rows_H.long(), hits.offsets_G1[:-1], bag_H, 0
-        )
-    piece = max(1, _PIECE // values_RD.shape[1])
-    pieces = zip(bag_H.split(piece), hits.rows_H.split(piece), strict=True)
-    return torch.cat([(gradient_GD[bag_X] * values_RD[row_X]).sum(1) for bag_X, row_X in pieces])
-
-
 LOOKUPS = ("reference", "fbgemm", "triton")
-_PIECE = 2**22  # 16-bit numbers that are widened at once
 
 
 def choose_lookup(
@@ -214,6 +194,20 @@ def make_lookup(
             return FbgemmLookup(rows, dim, optimizer, device, dtype)
         case _:
             return ReferenceLookup(rows, dim, optimizer, device, dtype, seed)
+
+
+def make_sums(kind: str, device: torch.device, dim: int) -> Sums:
+    """Those of the kernels where `choose_lookup` takes them for `kind`, else torch's: for steps that need other ranks.
+
+    Raises InputError if `kind` is "fbgemm", whose step is its own, or cannot run here.
+    """
+    if kind == "fbgemm":
+        raise InputError("memory.lookup=fbgemm: steps whole rows by itself; set memory.lookup to auto")
+    if choose_lookup(kind, device, dim) != "triton":
+        return TorchSums()
+    from msn_dist.sharding.kernel_sums import KernelSums
+
+    return KernelSums()
 
 
 def _why_no_fbgemm() -> str | None:

@@ -27,9 +27,10 @@ from msn_dist.memory.health import MemoryHealth, SlotUsage
 from msn_dist.memory.values import MemoryValues
 from msn_dist.sharding.exchange import Exchange
 from msn_dist.sharding.hits import Hits
-from msn_dist.sharding.lookup import ReferenceLookup, weights_gradient
+from msn_dist.sharding.lookup import ReferenceLookup, make_sums
 from msn_dist.sharding.row_sharded import shard_of
 from msn_dist.sharding.sharded_values import ExchangeContext, ShardedMemoryValues
+from msn_dist.sharding.sums import Sums
 from msn_dist.sharding.value_optimizer import ValueOptimizer, ValueState
 from msn_dist.sharding.wire import Wire
 
@@ -42,9 +43,9 @@ class Replicated(ShardedMemoryValues):
     ) -> None:
         super().__init__(table, group, device)
         dtype, seed = table.weight.dtype, table.seed
-        self.lookup = _ReplicatedLookup(
-            self.slots, self.dim, optimizer, device, dtype, seed, exchange=self.exchange, wire=self.gradient_wire
-        )
+        sums = make_sums(table.sharding.lookup, device, self.dim)
+        by = {"sums": sums, "exchange": self.exchange, "wire": self.gradient_wire}
+        self.lookup = _ReplicatedLookup(self.slots, self.dim, optimizer, device, dtype, seed, **by)
         table.fill(self.lookup.weight_RD, 0)
         self.usage = SlotUsage(self.slots, device)
         self._register(self.lookup.block_RD, Shard(0), Shard(0))
@@ -85,10 +86,11 @@ class _ReplicatedLookup(ReferenceLookup):
         dtype: torch.dtype,
         seed: int,
         *,
+        sums: Sums,
         exchange: Exchange,
         wire: Wire,
     ) -> None:
-        super().__init__(slots, dim, optimizer, device, dtype, seed)
+        super().__init__(slots, dim, optimizer, device, dtype, seed, sums=sums)
         self._exchange, self._wire = exchange, wire
         shards = [shard_of(slots, exchange.world, rank) for rank in range(exchange.world)]
         _, first_row, rows = shards[exchange.rank]
@@ -98,11 +100,7 @@ class _ReplicatedLookup(ReferenceLookup):
         self.state = ValueState.of(optimizer.kind, rows, dim, device)
 
     def update(self, hits: Hits, gradient_GD: Tensor, of_weights: bool = True) -> Tensor | None:
-        gradient_H = None
-        if of_weights:
-            gradient_H = weights_gradient(self.weight_RD, hits, gradient_GD)
-        gradient_HD = gradient_GD[hits.bag_H()] * hits.weights_H[:, None]
-        gradient_nD = torch.zeros_like(self.weight_RD, dtype=torch.float32).index_add_(0, hits.rows_H, gradient_HD)
+        gradient_nD, gradient_H = self.sums.gradients(self.weight_RD, hits, gradient_GD, of_weights)
         parts = self._to_owners("table_gradient", self._wire.encode(gradient_nD))
         gradient_RD = self._wire.decode(parts).unflatten(0, (self._exchange.world, -1)).sum(0)
         if self.optimizer.kind == "rowwise_adam":
