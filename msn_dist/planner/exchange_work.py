@@ -119,12 +119,14 @@ def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
                 work.distinct = all_hits
                 work.backward += [2 * work.rows * work.row_bytes, _step_in_torch(work.rows, columns, element)]
         case "replicated":
-            table, given = load.slots * dim * _FLOAT, load.bags * dim * _FLOAT
+            table, given = load.slots * dim, load.bags * dim * _FLOAT  # numbers, bytes
+            block = table / world
             work = Work(read=hits, rows=load.rows(1), row_bytes=dim * element, given=given, whole=True)
             work.rows_by_chunk = load.rows_by_chunk(1)
             work.forward = [24 * hits]
-            # zeros, encode, decode and add up the parts of a block; the new rows of all, which come in float32
-            work.backward = [table, *_coded(layout.wire, load.slots, dim), 2 * table, 2 * table, 2 * table]
+            # zeros; a block's parts are added up, its rows stepped and repeated for all; all new rows are put in place
+            work.backward = [_FLOAT * table, *_coded(layout.wire, load.slots, dim), _FLOAT * (table + block)]
+            work.backward += [_step_in_torch(block, 1, element), _FLOAT * (block + table), (_FLOAT + element) * table]
         case _:
             raise ValueError(f"unknown strategy {layout.strategy!r}")
     work.rows_by_chunk = work.rows_by_chunk or load.rows_by_chunk(world) / world
@@ -163,8 +165,12 @@ def _in_torch_backward(hits: float, dim: int, element: int, weighted: bool = Tru
 
 
 def _step_in_torch(rows: float, dim: int, element: int) -> float:
-    """ReferenceLookup.step_rows, all passes together."""
-    return rows * dim * (2 * element + 6 * _FLOAT)
+    """ReferenceLookup.step_rows, all passes together, counted in its row-wise Adagrad.
+
+    A value is taken out and put back as stored and as float32; squares and their sum, times the rate, over the root,
+    and the difference are ten floats; rounding at random reads and writes 54 bytes.
+    """
+    return rows * dim * (4 * element + 10 * _FLOAT + (54 if element < _FLOAT else 0))
 
 
 def _weighed(hits: float, dim: int, element: int) -> float:

@@ -249,6 +249,9 @@ class _KernelSumsStandIn:
     def pooled(self, table_RD: Tensor, hits: Hits, dtype: torch.dtype) -> Tensor:
         return table_RD.new_empty(len(hits.offsets_G1) - 1, table_RD.shape[1], dtype=dtype)
 
+    def rows(self, table_RD: Tensor, rows_U: Tensor, dtype: torch.dtype) -> Tensor:
+        return table_RD.new_empty(len(rows_U), table_RD.shape[1], dtype=dtype)
+
     def gradients(
         self,
         table_RD: Tensor,
@@ -257,7 +260,9 @@ class _KernelSumsStandIn:
         of_weights: bool = True,
         distinct: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        values_RD, rows = (table_RD, len(table_RD)) if distinct is None else (table_RD[distinct[0]], VARYING_ROWS)
+        values_RD, rows = table_RD, len(table_RD)
+        if distinct is not None:
+            values_RD, rows = self.rows(table_RD, distinct[0], table_RD.dtype), VARYING_ROWS
         gradient_RD, gradient_H = torch.empty_like(values_RD, dtype=torch.float32), torch.empty_like(hits.weights_H)
         gradient_GD = gradient_GD.contiguous()
         scratch = values_RD.new_empty(sorted_bytes(len(gradient_H), rows, values_RD.shape[1]), dtype=torch.uint8)

@@ -109,7 +109,10 @@ class ReferenceLookup(OnDevice):
     def step_rows(self, table_RD: Tensor, rows_X: Tensor | slice, gradient_XD: Tensor) -> None:
         """The step of a training step: distinct rows of the table that `state` belongs to."""
         rate, optimizer, state = self.learning_rate, self.optimizer, self.state
-        weight_XD = table_RD[rows_X].to(torch.float32)
+        if isinstance(rows_X, slice):
+            weight_XD = table_RD[rows_X].to(torch.float32)
+        else:
+            weight_XD = self.sums.rows(table_RD, rows_X, torch.float32)
         match optimizer.kind:
             case "sgd":
                 reference.sgd_(weight_XD, gradient_XD, rate)

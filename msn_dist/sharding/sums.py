@@ -28,6 +28,10 @@ class Sums(Protocol):
         """pooled_GD: the weighted sum of each bag's rows, rounded to `dtype`."""
         ...
 
+    def rows(self, table_RD: Tensor, rows_U: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of these rows [U, D], as `dtype`."""
+        ...
+
     def gradients(
         self,
         table_RD: Tensor,
@@ -48,8 +52,11 @@ class TorchSums:
 
     name = "reference"
 
+    def rows(self, table_RD: Tensor, rows_U: Tensor, dtype: torch.dtype) -> Tensor:
+        return table_RD[rows_U].to(dtype)
+
     def pooled(self, table_RD: Tensor, hits: Hits, dtype: torch.dtype) -> Tensor:
-        rows_HD = table_RD[hits.rows_H].to(torch.float32)
+        rows_HD = self.rows(table_RD, hits.rows_H, torch.float32)
         if hits.weights_H is None:
             return rows_HD.to(dtype)
         pooled_GD = rows_HD.new_zeros(len(hits.offsets_G1) - 1, rows_HD.shape[1])
