@@ -122,7 +122,7 @@ def draw(rows: Sequence[Row], target: Path) -> Path:
         seen = [name for name in LOOKS if any(row["fastest"] == name for row in rows)]
         patches = [Patch(color=LOOKS[name][0], label=name) for name in seen]
         patches.append(Patch(facecolor="white", edgecolor="#999999", label=NO_ROOM))
-        figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+        figure.legend(handles=patches, loc="outside lower center", ncols=-(-len(patches) // 2), frameon=False)
         figure.suptitle("Fastest exchange on nodes of 8 H200, expected ms a step (16,384 bags a rank, D = 64, bf16)")
         figure.savefig(target, metadata={"Date": None})
     return target
@@ -137,7 +137,8 @@ def _map(axis: Axes, cells: Sequence[Sequence[Row]]) -> None:
         row = cells[y][x]
         if row["fastest"] != NO_ROOM:
             ms = row[f"{row['fastest']}_ms"]
-            axis.text(x + 0.5, y + 0.5, f"{ms:.3g}", ha="center", va="center", fontsize=7)
+            ink = "white" if row["fastest"] == "replicated" else "black"  # on the one dark colour
+            axis.text(x + 0.5, y + 0.5, f"{ms:.3g}", ha="center", va="center", fontsize=7, color=ink)
 
 
 def _labels(panel: Sequence[tuple[int, int]]) -> Iterator[str]:
