@@ -65,6 +65,22 @@ def test_the_gradients_of_a_gather_are_those_of_autograd(rows: int, width: int, 
         assert all(map(torch.equal, found, gather_backward(*given, once=once)))
 
 
+@pytest.mark.parametrize("rows", [50, 2**15 + 9, 2**16 + 9], ids=["2 bytes", "2 bytes without a sign", "4 bytes"])
+def test_rows_without_a_hit_have_zeros_where_not_all_are_hit(rows: int) -> None:
+    """Keys of a table whose number of rows stays as it is are sorted in as few bytes as they need."""
+    generator = torch.Generator().manual_seed(rows)
+    rows_GL = rows - 1 - torch.randint(20, (60, 4), generator=generator)
+    rows_GL[0, 0] = 0
+    gradient_GD = torch.randint(8, (60, 12), generator=generator).float()
+    values_RD = torch.ones(rows, 12)
+    found_RD, found_GL = gather_backward(
+        *(x.to(DEVICE) for x in (values_RD, rows_GL, torch.ones(60, 4), gradient_GD)), all_hit=False
+    )
+    expected_RD = torch.zeros(rows, 12).index_add_(0, rows_GL.flatten(), gradient_GD.repeat_interleave(4, 0))
+    assert torch.equal(found_RD.cpu(), expected_RD)  # whole numbers
+    assert torch.equal(found_GL.cpu(), gradient_GD.sum(1, keepdim=True).expand(60, 4))
+
+
 def test_a_gather_of_nothing_has_no_gradients() -> None:
     nothing_GL = torch.zeros(0, 4, dtype=torch.int64, device=DEVICE)
     nothing_RD = torch.zeros(0, 8, device=DEVICE)
