@@ -1,7 +1,8 @@
 """Sparse-Gather's transpose: weighted rows of a source, summed where their hits point.
 
 It gives the gradient of product keys where they are many, of which every one is hit about M * k / N times, and with the
-products that are the gradient of the weights that of rows which came from their owners, every one of which is hit.
+products that are the gradient of the weights that of rows which came from their owners, every one of which is hit, and
+of rows whose step is not a kernel's.
 
 Shape suffixes: R rows of the result, D its width, G rows of the source, L hits of each; in the kernel S hits of a tile.
 """

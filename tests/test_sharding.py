@@ -84,7 +84,7 @@ def parity_of_all(rank: int, world: int, device: str, strategies: list[str]) -> 
         if device.type == "cpu" and case is CASES[0]:
             every += [(strategy, (kernels, one_step, Tolerance())) for strategy, kernels in INTERPRETED.items()]
             kernels, truth = {"lookup": "triton", "optimizer": ADAM}, plain(case, rows, 1, ADAM)
-            every.append(("row_pooled", (kernels, truth, Tolerance())))
+            every += product(("row_pooled", *STEP_OVER_RANKS), [(kernels, truth, Tolerance())])
         if device.type == "cpu" and world == 2 and case in (CASES[2], CASES[3]):  # ranks without bags, and hot rows
             for sharding, tolerance in (({}, Tolerance()), ({"wire": "fp16"}, LOSSY["fp16"])):
                 kernels = {"lookup": "triton"} | sharding

@@ -123,6 +123,21 @@ def test_a_look_up_alone_holds_what_its_trace_says(case: LookUpCase, alone) -> N
     assert held.backward == pytest.approx(actual["backward"], rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "rowwise_adam"])
+@pytest.mark.parametrize("strategy", ["column", "replicated"])
+def test_kernels_hold_no_gradient_a_hit_where_torch_steps_the_rows(strategy: str, optimizer: str) -> None:
+    """By torch the look-up and its backward each have rows of all hits."""
+    by_torch, by_kernels = (
+        exchange_bytes(Layout(2, 2, strategy, lookup=lookup, optimizer=optimizer), 64**2, 64, 2048, 32)
+        for lookup in ("reference", "triton")
+    )
+    hits = (2 if strategy == "column" else 1) * 2048 * 32
+    row = 4 * (32 if strategy == "column" else 64)
+    assert by_torch.forward - by_kernels.forward > hits * row
+    assert by_torch.backward - by_kernels.backward > 0.5 * hits * row
+    assert by_kernels.saved <= by_torch.saved
+
+
 def paper_sized() -> RunConfig:
     model = {"tokens": 16, "width": 1024, "layers": 4, "block": "msn_ffn"}
     memory = {"sub_keys": 2**16, "value_dtype": "bf16", "value_dim": 16}

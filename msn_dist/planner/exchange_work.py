@@ -114,19 +114,21 @@ def _by_kernels(layout: Layout, load: Load, dim: int) -> Work:
             work = Work(read=all_hits, rows=load.rows(world), row_bytes=columns * element, given=given)
             work.rows_by_chunk = load.rows_by_chunk(world)
             work.forward = [24 * all_hits, *_coded(layout.wire, world * load.bags, columns)]
-            work.backward = _coded(layout.wire, world * load.bags, columns)
+            work.backward = [*_coded(layout.wire, world * load.bags, columns), 2 * given]
             if layout.lookup == "triton":  # distinct rows are found and copied, and stepped by torch (sharding/sums.py)
                 work.distinct = all_hits
                 work.backward += [2 * work.rows * work.row_bytes, _step_in_torch(work.rows, columns, element)]
         case "replicated":
             table, given = load.slots * dim, load.bags * dim * _FLOAT  # numbers, bytes
-            block = table / world
             work = Work(read=hits, rows=load.rows(1), row_bytes=dim * element, given=given, whole=True)
             work.rows_by_chunk = load.rows_by_chunk(1)
             work.forward = [24 * hits]
+            block = table / world
+            stepped = load.rows(world) / world if layout.optimizer == "rowwise_adam" else load.slots / world
             # zeros; a block's parts are added up, its rows stepped and repeated for all; all new rows are put in place
-            work.backward = [_FLOAT * table, *_coded(layout.wire, load.slots, dim), _FLOAT * (table + block)]
-            work.backward += [_step_in_torch(block, 1, element), _FLOAT * (block + table), (_FLOAT + element) * table]
+            work.backward = [2 * given, _FLOAT * table, *_coded(layout.wire, load.slots, dim), _FLOAT * (table + block)]
+            work.backward += [_step_in_torch(stepped, dim, element), _FLOAT * (block + table)]
+            work.backward.append((_FLOAT + element) * table)
         case _:
             raise ValueError(f"unknown strategy {layout.strategy!r}")
     work.rows_by_chunk = work.rows_by_chunk or load.rows_by_chunk(world) / world
@@ -174,6 +176,6 @@ def _step_in_torch(rows: float, dim: int, element: int) -> float:
 
 
 def _weighed(hits: float, dim: int, element: int) -> float:
-    """lookup.weights_gradient: the rows times the gradients of their bags; with 16 bits both are copied out first."""
+    """sums.weights_gradient: the rows times the gradients of their bags; with 16 bits both are copied out first."""
     row = dim * _FLOAT
     return hits * (2 * row if element == _FLOAT else 5 * row + 3 * dim * element)

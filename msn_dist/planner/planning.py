@@ -166,7 +166,8 @@ def _lacking(one: Priced) -> str:
 def _slower(one: StepTime, chosen: StepTime, unit: str = "") -> str:
     """By how much, and in which phase most of it is, in milliseconds."""
     share = one.seconds / chosen.seconds - 1
-    if chosen.seconds > chosen.device and 1 / ALIKE <= one.seconds / chosen.seconds <= ALIKE:
+    alike = 1 / ALIKE <= one.seconds / chosen.seconds <= ALIKE
+    if alike and chosen.seconds > chosen.device <= one.device:
         return f"as fast, by the host; device {1e3 * one.device:.3g}{unit}, not {1e3 * chosen.device:.3g}"
     theirs, ours = (
         {phase.name: phase.exposed for phase in time.phases if phase.name != WAITING} for time in (one, chosen)

@@ -28,7 +28,7 @@ from msn_dist.planner.situation import Situation
 from msn_dist.planner.storage import Storage, rank_storage
 
 _NARROWER = {"fp32": ("fp32", "bf16"), "bf16": ("bf16",), "fp16": ("fp16",)}
-_ROUNDING, _WORTH = 3, 0.99  # layouts that round more are priced in full if they are among the fastest and win so much
+_ROUNDING, _WORTH = 3, 1 / ALIKE  # of layouts that round more the fastest few that win so much are priced in full
 _WIRES = ("fp32", "bf16", "fp16", "int8")
 Rounding = Literal["allowed", "told", "left out"]
 
@@ -87,7 +87,8 @@ class Search:
         self.layouts = list(self._layouts()) if situation.memory else [situation.bare_layout]
         self.ids = self._placed_ids() if ids is None else ids
         self._times = {layout: self.time(layout) for layout in self.layouts}
-        self._alike = ALIKE * min(time.seconds for time in self._times.values())
+        may_be_chosen = self.layouts if rounding == "allowed" else filter(self.exact, self.layouts)
+        self._alike = ALIKE * min(self._times[layout].seconds for layout in may_be_chosen)
         self._by_time = sorted(self.layouts, key=lambda one: self._order(self._times[one]))
 
     def priced(self) -> list[Priced]:
