@@ -304,8 +304,8 @@ def bare_table(expected: Expected, dim: int, exchange: LoopbackExchange) -> Shar
         values.row_dtype = torch.int32 if slots < 2**31 else torch.int64
         values._first_row, rows = 0, expected.block
     elif strategy is Replicated:
-        by = {"sums": sums, "exchange": values.exchange, "wire": values.gradient_wire}
-        values.lookup = _ReplicatedLookup(slots, dim, optimizer, device, dtype, 0, **by)
+        shared = sums, values.exchange, values.gradient_wire
+        values.lookup = _ReplicatedLookup(slots, dim, optimizer, device, dtype, 0, *shared)
     else:
         values.block = rows = expected.block
         values.row_dtype = torch.int32 if rows < 2**31 else torch.int64

@@ -44,8 +44,8 @@ class Replicated(ShardedMemoryValues):
         super().__init__(table, group, device)
         dtype, seed = table.weight.dtype, table.seed
         sums = make_sums(table.sharding.lookup, device, self.dim)
-        by = {"sums": sums, "exchange": self.exchange, "wire": self.gradient_wire}
-        self.lookup = _ReplicatedLookup(self.slots, self.dim, optimizer, device, dtype, seed, **by)
+        shared = sums, self.exchange, self.gradient_wire
+        self.lookup = _ReplicatedLookup(self.slots, self.dim, optimizer, device, dtype, seed, *shared)
         table.fill(self.lookup.weight_RD, 0)
         self.usage = SlotUsage(self.slots, device)
         self._register(self.lookup.block_RD, Shard(0), Shard(0))
@@ -85,8 +85,7 @@ class _ReplicatedLookup(ReferenceLookup):
         device: torch.device,
         dtype: torch.dtype,
         seed: int,
-        *,
-        sums: Sums,
+        sums: Sums | None,
         exchange: Exchange,
         wire: Wire,
     ) -> None:
